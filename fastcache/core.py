@@ -1,0 +1,196 @@
+"""The nouns of the engine: what a user asks for, what the engine remembers of it, what one step computes.
+
+Two lengths, both named, run through everything here:
+`num_tokens` is what was said (prompt plus sampled tokens); it drives positions.
+`kv_len` is what is stored; it drives slots and attention. They differ after compression.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastcache.config import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it. Immutable.
+
+    `context_len` is how many leading prompt tokens form the context that compression may shrink (None: all
+    of them). Tokens after it, such as a question, are appended to the compressed cache uncompressed.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    arrival_s: float
+    context_len: int | None = None
+
+    @property
+    def compress_at(self) -> int:
+        """Number of leading tokens after whose prefill the cache is compressed."""
+        return len(self.prompt_token_ids) if self.context_len is None else self.context_len
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The engine's mutable state for one request.
+
+    Tokens whose values are still on the device count in `num_sampled` but are not in `output_ids` yet: the
+    scheduler plans by counts, and the host learns values one step late.
+    """
+
+    request: Request
+    output_ids: list[int] = field(default_factory=list)
+    num_sampled: int = 0
+    num_computed: int = 0  # logical tokens whose KV has been scheduled
+    kv_len: int = 0
+    pages: list[int] = field(default_factory=list)
+    pages_version: int = 0  # changes whenever `pages` is replaced rather than extended
+    seat: int = -1  # row in the runner's persistent per-sequence tensors; -1 while waiting
+    finish_reason: str | None = None
+    compressed: bool = False
+    cached_tokens: int = 0
+    preemptions: int = 0
+    kv_len_before: int | None = None
+    kv_len_after: int | None = None
+    pages_freed: int = 0
+    scheduled_s: float | None = None
+    token_times_s: list[float] = field(default_factory=list)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + self.num_sampled
+
+    @property
+    def known_tokens(self) -> list[int]:
+        """Token ids the host knows: the prompt and every sampled token that has arrived."""
+        return [*self.request.prompt_token_ids, *self.output_ids]
+
+    @property
+    def exhausted(self) -> bool:
+        """No further token may be sampled for it."""
+        return self.num_sampled >= self.request.sampling.max_tokens
+
+    def replace_pages(self, pages: list[int]) -> None:
+        self.pages = pages
+        self.pages_version += 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sequence's share of a step: `length` tokens from logical position `start`.
+
+    `sample`: the chunk reaches the last known token, so a next token is drawn from its last row.
+    `fresh_pages`: pages for the kept entries when the cache is compressed right after this chunk.
+    `kept`: how many entries each KV head keeps then; 0 means no compression.
+    """
+
+    seq: Sequence
+    start: int
+    kv_start: int
+    length: int
+    sample: bool
+    kept: int = 0
+    fresh_pages: tuple[int, ...] = ()
+    old_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the scheduler wants computed in one forward pass. `decode`: every chunk is one new token."""
+
+    chunks: tuple[Chunk, ...]
+    decode: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass
+class ForwardBatch:
+    """One step's inputs on the device; T tokens of B sequences, packed without padding.
+
+    input_ids, positions, slot_mapping: (T,) int64. cu_seqlens_q: (B + 1,) int32. kv_lens: (B,) int32, new
+    tokens included. page_table: (B, max_pages) int32. sample_rows: (S,) int64 rows of the hidden states whose
+    next token is drawn. The `_host` twins are numpy arrays, so that `plan` needs no device synchronisation.
+    """
+
+    decode: bool
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    cu_seqlens_q: Tensor
+    kv_lens: Tensor
+    page_table: Tensor
+    sample_rows: Tensor
+    cu_seqlens_q_host: np.ndarray
+    kv_lens_host: np.ndarray
+    page_table_host: np.ndarray
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.kv_lens_host)
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Times are `time.perf_counter()` seconds; counts are tokens or pages."""
+
+    arrival_s: float
+    scheduled_s: float
+    first_token_s: float
+    finished_s: float
+    token_times_s: tuple[float, ...]
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    kv_len_before: int | None
+    kv_len_after: int | None
+    pages_freed: int
+    compressed: bool
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request. `finish_reason` is "stop" (end-of-sequence token) or "length" (max_tokens)."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    metrics: RequestMetrics
+
+
+@dataclass
+class EngineStats:
+    """Counters since the last `reset_stats`. Tokens are counted where they are scheduled."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    prefill_time_s: float = 0.0
+    decode_time_s: float = 0.0
+    peak_pages: int = 0
+    peak_kv_bytes: int = 0
+    peak_running: int = 0
+    preemptions: int = 0
+    compressed_sequences: int = 0
+    too_short_to_compress: int = 0
+    pages_freed: int = 0
+    started_s: float = field(default_factory=time.perf_counter)

@@ -1,0 +1,71 @@
+"""The KV pool: two tensors, keys and values, shaped (layers, pages, kv_heads, page_size, head_dim).
+
+Heads come before the page's slots, so that one (page, head) is contiguous: the whole pool can also be read as
+`layers * pages * kv_heads` single-head pages, which is what per-head budgets address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token stores. Sizes in entries; `bytes_per_token` counts keys and values of all layers."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVPool:
+    """Storage for `num_pages` pages of `page_size` slots each."""
+
+    def __init__(self, shape: KVShape, num_pages: int, page_size: int, device: torch.device) -> None:
+        self.shape, self.num_pages, self.page_size, self.device = shape, num_pages, page_size, device
+        size = (shape.num_layers, num_pages, shape.kv_heads, page_size, shape.head_dim)
+        # Zeros, not empty: rows read past a sequence's end are masked, and a NaN there would survive masking.
+        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.shape.bytes_per_token * self.page_size
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        """Store new entries. keys, values: (T, kv_heads, head_dim); slot_mapping: (T,) int64."""
+        pages, offsets = slot_mapping // self.page_size, slot_mapping % self.page_size
+        self.keys[layer][pages, :, offsets] = keys
+        self.values[layer][pages, :, offsets] = values
+
+    def gather(self, layer: int, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` entries of each sequence, padded with whatever its last pages hold.
+
+        page_table: (B, max_pages) int. Returns keys and values, each (B, kv_heads, length, head_dim).
+        """
+        num_pages = -(-length // self.page_size)
+        table = page_table[:, :num_pages].long()
+        out = []
+        for pool in (self.keys, self.values):
+            pages = pool[layer][table]  # (B, num_pages, kv_heads, page_size, head_dim)
+            out.append(pages.transpose(1, 2).flatten(2, 3)[:, :, :length])
+        return out[0], out[1]
+
+    def write_kept(self, layer: int, keys: Tensor, values: Tensor, page_table: Tensor) -> None:
+        """Store whole caches of B sequences from slot 0 of their pages on.
+
+        keys, values: (B, kv_heads, K, head_dim), K a multiple of page_size; page_table: (B, K / page_size),
+        with the scratch page where a sequence has fewer pages.
+        """
+        b, heads, _, dim = keys.shape
+        table = page_table.long()
+        for pool, new in ((self.keys, keys), (self.values, values)):
+            pool[layer][table] = new.view(b, heads, table.shape[1], self.page_size, dim).transpose(1, 2)

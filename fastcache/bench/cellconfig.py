@@ -1,0 +1,234 @@
+"""What one cell is: every parameter that decides its numbers, frozen, with an id made of all of them.
+
+Imports no torch: the workflow builds its graph from these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from fastcache.bench import models
+from fastcache.compression.registry import METHODS
+from fastcache.config import (
+    DEVICES,
+    DTYPES,
+    LOAD_FORMATS,
+    VARIANTS,
+    PartitionConfig,
+    StrictConfig,
+    one_of,
+    open_interval,
+    positive_int,
+    ratio_of_factor,
+    require,
+)
+from fastcache.errors import ConfigError
+
+WORKLOADS = ("synthetic-long", "english-prose", "light-dataset", "heavy-trace")
+COMPRESSED_VARIANTS = tuple(v for v in VARIANTS if v != "baseline")
+GREENCTX_VARIANTS = ("greenctx-only", "auto-tune+greenctx", "triad")
+
+
+@dataclass(frozen=True)
+class WorkloadConfig(StrictConfig):
+    """Which requests are sent. Lengths are in tokens and are what was asked for; `workload.fit` clips them.
+
+    `num_batches` batches run one after another, each of the cell's `batch_size` requests at once.
+    `token` (synthetic-long) repeats one text; `dialogue` fills prompts with a two-speaker pattern.
+    `dataset_dir` (light-dataset) holds json, jsonl or csv prompt sets, filtered to prompts of
+    `min_prompt_tokens` to `max_prompt_tokens`. `trace` (heavy-trace) is a CSV with the columns
+    TIMESTAMP, ContextTokens, GeneratedTokens; rows of at least `min_prompt_tokens` are replayed in order.
+    """
+
+    name: str
+    context: int = 3072
+    output: int = 512
+    num_batches: int = 1
+    token: str | None = None
+    dialogue: bool = False
+    dataset_dir: str | None = None
+    trace: str | None = None
+    min_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("workload", self.name, WORKLOADS)
+        for name in ("context", "output", "num_batches"):
+            positive_int(f"workload {self.name}: {name}", getattr(self, name))
+        for name in ("min_prompt_tokens", "max_prompt_tokens"):
+            if getattr(self, name) is not None:
+                positive_int(f"workload {self.name}: {name}", getattr(self, name))
+        require(
+            self.name == "synthetic-long" or not (self.token or self.dialogue),
+            f"workload {self.name!r} takes no `token` or `dialogue`; these belong to 'synthetic-long'.",
+        )
+        require(not (self.token and self.dialogue), "`token` and `dialogue` were both given; give one.")
+        require(self.token != "", "`token` is empty; leave it out for distinct seeded prompts.")
+        require(
+            self.name != "light-dataset" or self.dataset_dir is not None,
+            "workload 'light-dataset' needs `dataset_dir` (--dataset-dir): a folder of json, jsonl, csv.",
+        )
+        require(
+            self.name != "heavy-trace" or self.trace is not None,
+            "workload 'heavy-trace' needs `trace` (--trace-conv): a CSV with the columns TIMESTAMP, "
+            "ContextTokens, GeneratedTokens.",
+        )
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Text that must become tokens; seeded token ids and repeated tokens need only a vocabulary size."""
+        return self.name in ("english-prose", "light-dataset") or self.dialogue
+
+
+@dataclass(frozen=True)
+class CellConfig(StrictConfig):
+    """One point of the matrix. Sizes are tokens, pages and seconds as named; None lets the engine choose.
+
+    A field that does not apply to the variant is None (baseline: no method, no ratios), so equal content is
+    an equal id. Errors: `ConfigError`, `UnknownName`.
+    """
+
+    model: str
+    workload: WorkloadConfig
+    batch_size: int
+    variant: str
+    model_path: str | None = None
+    load_format: str = "auto"
+    method: str | None = None
+    compression_factor: float | None = None
+    method_params: Mapping[str, Any] = field(default_factory=dict)
+    greenctx_compress_ratio: float | None = None
+    greenctx_main_ratio: float | None = None
+    greenctx_main_stream: bool = False
+    require_greenctx: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    gpu_mem_util: float = 0.9
+    page_size: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    num_pages: int | None = None
+    enable_prefix_caching: bool = False
+    attention_backend: str = "auto"
+    enforce_eager: bool = False
+    repeats: int = 3
+    warmup: int = 1
+    seed: int = 0
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.workload, Mapping):
+            object.__setattr__(self, "workload", WorkloadConfig.from_dict(self.workload))
+        require(isinstance(self.workload, WorkloadConfig), "workload must be a mapping with a `name`.")
+        for name in ("compression_factor", "timeout_s"):  # 5 and 5.0 are one cell, so they need one spelling
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, float(getattr(self, name)))
+        one_of("variant", self.variant, VARIANTS)
+        one_of("load_format", self.load_format, LOAD_FORMATS)
+        one_of("dtype", self.dtype, ("auto", *DTYPES))
+        one_of("device", str(self.device).split(":")[0], DEVICES)
+        for name in ("batch_size", "page_size", "repeats"):
+            positive_int(name, getattr(self, name))
+        for name in ("max_model_len", "max_num_batched_tokens", "num_pages"):
+            if getattr(self, name) is not None:
+                positive_int(name, getattr(self, name))
+        for name in ("warmup", "seed"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+                f"{name} is {value!r}; allowed is 0 or a positive integer.",
+            )
+        require(
+            isinstance(self.timeout_s, float) and self.timeout_s > 0,
+            f"timeout_s is {self.timeout_s!r}; allowed is a positive number of seconds.",
+        )
+        open_interval("gpu_mem_util", self.gpu_mem_util)
+        models.check_source(self.model, self.model_path, self.load_format)
+        self._check_compression()
+        self._check_partition()
+
+    def _check_compression(self) -> None:
+        if self.variant == "baseline":
+            require(
+                self.method is None and self.compression_factor is None and not self.method_params,
+                "variant 'baseline' takes no method, compression_factor or method_params.",
+            )
+            return
+        require(self.method is not None, f"variant {self.variant!r} needs a `method`.")
+        one_of("method", self.method, tuple(METHODS))
+        ratio_of_factor(self.compression_factor)
+
+    def _check_partition(self) -> None:
+        ratios = (self.greenctx_compress_ratio, self.greenctx_main_ratio)
+        if self.variant not in GREENCTX_VARIANTS:
+            require(
+                ratios == (None, None) and not self.greenctx_main_stream and not self.require_greenctx,
+                f"variant {self.variant!r} uses no green contexts, so it takes no greenctx setting.",
+            )
+            return
+        if None in ratios:
+            raise ConfigError(
+                f"variant {self.variant!r} needs greenctx_compress_ratio and greenctx_main_ratio."
+            )
+        PartitionConfig(compress_ratio=ratios[0], main_ratio=ratios[1])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        require(isinstance(values, Mapping), "a cell is a mapping of parameters.")
+        for name in ("model", "workload", "batch_size", "variant"):
+            require(name in values, f"a cell needs `{name}`.")
+        return super().from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        content["method_params"] = dict(self.method_params)
+        return content
+
+    @property
+    def id(self) -> str:
+        """Readable, and unique through a hash of the whole content; nothing is ever parsed out of it."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+        parts = [
+            self.model,
+            self.workload.name,
+            f"c{self.workload.context}",
+            f"o{self.workload.output}",
+            f"b{self.batch_size}",
+            self.variant.replace("+", "-"),
+        ]
+        if self.method is not None:
+            parts += [self.method, f"f{self.compression_factor:g}"]
+        safe = "-".join(parts).replace("_", "-")
+        return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in safe) + "-" + digest
+
+    @property
+    def compressed(self) -> bool:
+        return self.variant != "baseline"
+
+    @property
+    def greenctx(self) -> bool:
+        return self.variant in GREENCTX_VARIANTS
+
+    def baseline(self) -> CellConfig:
+        """The cell this one is compared with: same model, requests and engine, nothing switched on."""
+        return dataclasses.replace(
+            self,
+            variant="baseline",
+            method=None,
+            compression_factor=None,
+            method_params={},
+            greenctx_compress_ratio=None,
+            greenctx_main_ratio=None,
+            greenctx_main_stream=False,
+            require_greenctx=False,
+        )
+
+    @property
+    def baseline_id(self) -> str:
+        return self.baseline().id

@@ -54,6 +54,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # changes whenever `pages` is replaced rather than extended
     seat: int = -1  # row in the runner's persistent per-sequence tensors; -1 while waiting
+    decoding: bool = False  # prefill is over: what is left to compute is the newest sampled token
     finish_reason: str | None = None
     compressed: bool = False
     cached_tokens: int = 0

@@ -6,8 +6,10 @@ Heads come before the page's slots, so that one (page, head) is contiguous: the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,15 +28,23 @@ class KVShape:
         return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty: rows read past a sequence's end are masked, and a NaN there would survive masking.
+
+    On the CPU numpy's zeros are pages the kernel hands out when first touched: an idle pool costs nothing.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 class KVPool:
     """Storage for `num_pages` pages of `page_size` slots each."""
 
     def __init__(self, shape: KVShape, num_pages: int, page_size: int, device: torch.device) -> None:
         self.shape, self.num_pages, self.page_size, self.device = shape, num_pages, page_size, device
         size = (shape.num_layers, num_pages, shape.kv_heads, page_size, shape.head_dim)
-        # Zeros, not empty: rows read past a sequence's end are masked, and a NaN there would survive masking.
-        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.keys, self.values = _zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device)
 
     @property
     def page_bytes(self) -> int:

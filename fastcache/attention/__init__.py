@@ -1,0 +1,1 @@
+"""Attention over the paged pool: one interface, one reference, and fast backends beside it."""

@@ -1,0 +1,47 @@
+"""What an attention backend is: `plan` once per step, `run` once per layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastcache.core import ForwardBatch
+from fastcache.kvcache.pool import KVPool
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Query heads H, KV heads Hk (H is a multiple of Hk) and head size d."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.kv_heads
+
+
+class AttentionBackend(ABC):
+    """Causal attention of packed queries over each sequence's stored entries.
+
+    Query i of a sequence with q new tokens and kv_len stored entries (new ones included) attends the entries
+    0 .. kv_len - q + i: stored order is what counts, positions only shape the rotation of keys.
+    """
+
+    name: str
+    supports_graphs = False
+
+    def __init__(self, pool: KVPool, heads: HeadShape) -> None:
+        self.pool, self.heads = pool, heads
+        self.scale = heads.head_dim**-0.5
+
+    @abstractmethod
+    def plan(self, batch: ForwardBatch) -> None:
+        """Prepare for one step. Host work belongs here."""
+
+    @abstractmethod
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (T, H, d); k, v: (T, Hk, d), the step's new entries, already stored. Returns (T, H, d)."""

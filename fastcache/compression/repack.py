@@ -1,0 +1,23 @@
+"""The only code that moves KV: kept entries of one layer go to fresh pages that one sequence alone owns."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcache.kvcache.pool import KVPool
+
+
+def repack_layer(
+    pool: KVPool, layer: int, keys: Tensor, values: Tensor, kept: Tensor, fresh_table: Tensor
+) -> None:
+    """Write the kept entries of B sequences to their fresh pages, in ascending order of position.
+
+    keys, values: (B, Hk, T, d) of this layer. kept: (B, Hk, K) int64 positions, -1 behind a sequence's budget.
+    fresh_table: (B, ceil(K / page_size)) int32, the scratch page where a sequence needs fewer pages.
+    """
+    room = fresh_table.shape[1] * pool.page_size
+    index = F.pad(kept.clamp(min=0), (0, room - kept.shape[2]))
+    index = index.unsqueeze(3).expand(-1, -1, -1, keys.shape[3])
+    pool.write_kept(layer, torch.gather(keys, 2, index), torch.gather(values, 2, index), fresh_table)

@@ -1,0 +1,1 @@
+"""The engine: scheduler (counts), batch (inputs), runner (one forward pass), compressor, and `LLM` on top."""

@@ -1,0 +1,50 @@
+"""How many pages a sequence will need: what admission promises against."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fastcache.core import Sequence
+from fastcache.kvcache.slots import pages_for
+
+
+class CompressionPlan(Protocol):
+    """What the scheduler must know of a method: numbers only."""
+
+    tail: int
+    """How many of the context's last tokens must be computed in one chunk, for the method to see them."""
+
+    def kept(self, num_tokens: int) -> int:
+        """Entries each KV head keeps of `num_tokens`; 0 if the method does not apply to that length."""
+        ...
+
+
+class PageDemand:
+    """Page counts of sequences, compressed or to be compressed."""
+
+    def __init__(self, page_size: int, compression: CompressionPlan | None) -> None:
+        self.page_size, self.compression = page_size, compression
+
+    def kept(self, seq: Sequence) -> int:
+        """Entries kept of a context that is still to be compressed, else 0."""
+        if self.compression is None or seq.compressed:
+            return 0
+        return self.compression.kept(seq.request.compress_at)
+
+    def peak(self, seq: Sequence, new_tokens: int) -> int:
+        """Most pages `seq` holds at once until it has sampled `new_tokens` more tokens.
+
+        A context that will be compressed needs its full pages and the fresh ones side by side for a moment.
+        """
+        kept, context = self.kept(seq), seq.request.compress_at
+        # The newest sampled token is only stored when it is fed back, and the very last one never is.
+        stored = seq.kv_len + seq.num_tokens - seq.num_computed + max(new_tokens - 1, 0)
+        if not kept:
+            return pages_for(stored, self.page_size)
+        copies = pages_for(context, self.page_size) + pages_for(kept, self.page_size)
+        return max(copies, pages_for(stored - context + kept, self.page_size))
+
+    def expected(self, seq: Sequence) -> int:
+        """Known with `ignore_eos`; else a page ahead, and preemption settles what was guessed too low."""
+        left = seq.request.sampling.max_tokens - seq.num_sampled
+        return self.peak(seq, left if seq.request.sampling.ignore_eos else min(left, self.page_size))

@@ -1,0 +1,230 @@
+"""`LLM`: the engine as its users see it. Text or token ids in, finished requests out.
+
+The way of a request: add_request -> Scheduler.schedule -> Runner.launch -> Scheduler.commit -> (a step later)
+Scheduler.complete -> RequestOutput.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence as Many
+from typing import Any
+
+from fastcache.config import EngineConfig, SamplingParams, require
+from fastcache.core import EngineStats, Request, RequestMetrics, RequestOutput, Sequence
+from fastcache.engine.build import Parts, build
+from fastcache.engine.runner import PendingTokens
+from fastcache.engine.scheduler import Drain
+from fastcache.errors import ConfigError, OutOfPages, PromptTooLong
+
+Prompt = str | Many[int]
+
+
+class LLM:
+    """A model, its KV pool and a scheduler, on one device.
+
+    `LLM(model, **options)`: `model` is a local Hugging Face folder (or a preset's name with
+    `load_format="dummy"`), options are the fields of `EngineConfig`; an unknown option is an error.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.config = EngineConfig.from_dict({"model": str(model), **options})
+        self._parts: Parts = build(self.config)
+        self.model_config, self.tokenizer = self._parts.model_config, self._parts.tokenizer
+        self._scheduler, self._runner = self._parts.scheduler, self._parts.runner
+        self._stats = self._scheduler.stats
+        self._pending: PendingTokens | None = None
+        self._last_result_s = 0.0
+        self._ids = itertools.count()
+        self._live: dict[str, Sequence] = {}
+        self._seeds: dict[str, int] = {}
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        arrival_s: float | None = None,
+        context_len: int | None = None,
+    ) -> str:
+        """Queue one prompt; returns its id. Errors: `PromptTooLong`, `OutOfPages`, `ConfigError`.
+
+        `context_len`: how many leading tokens compression may shrink (default: the whole prompt).
+        """
+        tokens = self._tokens_of(prompt)
+        params = params or SamplingParams()
+        number = next(self._ids)
+        request_id = str(number) if request_id is None else request_id
+        if request_id in self._live:
+            raise ConfigError(f"request id {request_id!r} is in use; give each request its own.")
+        arrival = time.perf_counter() if arrival_s is None else arrival_s
+        request = Request(request_id, tokens, params, arrival, context_len)
+        seq = Sequence(request)
+        self._check(seq)
+        self._live[request_id] = seq
+        self._seeds[request_id] = (
+            self.config.seed * 1_000_003 + number if params.seed is None else params.seed
+        )
+        self._scheduler.add(seq)
+        return request_id
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError("this model has no tokenizer.json; give prompts as lists of token ids.")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = tuple(int(token) for token in prompt)
+        require(len(tokens) > 0, "a prompt is empty; it needs at least one token.")
+        limit = self.model_config.vocab_size
+        bad = next((token for token in tokens if not 0 <= token < limit), None)
+        require(bad is None, f"token id {bad} is outside the vocabulary; allowed is 0 to {limit - 1}.")
+        return tokens
+
+    def _check(self, seq: Sequence) -> None:
+        request, limit = seq.request, self._parts.max_model_len
+        wanted = seq.prompt_len + request.sampling.max_tokens
+        if wanted > limit:
+            raise PromptTooLong(
+                f"a prompt of {seq.prompt_len} tokens with max_tokens {request.sampling.max_tokens} needs {wanted} "
+                f"positions, max_model_len is {limit}. Shorten the prompt, lower max_tokens or raise max_model_len."
+            )
+        require(
+            0 < request.compress_at <= seq.prompt_len,
+            f"context_len is {request.context_len}; allowed is 1 to the prompt's {seq.prompt_len} tokens.",
+        )
+        demand, have = self._scheduler.demand, self._scheduler.allocator.num_pages - 1
+        need = demand.peak(seq, request.sampling.max_tokens)
+        if need > have:
+            raise OutOfPages(
+                f"a prompt of {seq.prompt_len} tokens with max_tokens {request.sampling.max_tokens} needs {need} "
+                f"pages of {self.config.page_size} tokens, the KV pool has {have}. Raise num_pages or "
+                "gpu_memory_utilization, or shorten the request."
+            )
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; its pages are free at once. Unknown or finished ids are ignored."""
+        seq = self._live.pop(request_id, None)
+        if seq is not None:
+            self._scheduler.cancel(seq)
+            self._seeds.pop(request_id)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def has_unfinished(self) -> bool:
+        return self._scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next step and deliver the one before it; returns the requests that finished."""
+        finished: list[RequestOutput] = []
+        try:
+            step = self._scheduler.schedule()
+        except Drain:
+            finished = self._deliver()
+            step = self._scheduler.schedule()
+        if step is None:
+            return finished + self._deliver()
+        launched = self._runner.launch(step, self._seeds)
+        self._scheduler.commit(step, launched.launched_s)
+        # Deliver the previous step while the device runs this one.
+        finished += self._deliver()
+        self._pending = launched
+        if launched.ready is None:  # computed already: a device without streams has nothing to overlap
+            finished += self._deliver()
+        return finished
+
+    def _deliver(self) -> list[RequestOutput]:
+        if self._pending is None:
+            return []
+        pending, self._pending = self._pending, None
+        tokens = pending.wait()
+        now = time.perf_counter()
+        self._account(pending, now)
+        done = self._scheduler.complete(pending.step, tokens, self._parts.eos, now)
+        return [self._output(seq) for seq in done]
+
+    def _account(self, pending: PendingTokens, now: float) -> None:
+        """A step's time runs from its launch, or from the end of the step before it if that came later."""
+        elapsed = now - max(self._last_result_s, pending.launched_s)
+        self._last_result_s = now
+        if pending.step.decode:
+            self._stats.decode_time_s += elapsed
+        else:
+            self._stats.prefill_time_s += elapsed
+
+    def _output(self, seq: Sequence) -> RequestOutput:
+        request = seq.request
+        del self._live[request.request_id], self._seeds[request.request_id]
+        text = self.tokenizer.decode(seq.output_ids) if self.tokenizer is not None else ""
+        metrics = RequestMetrics(
+            arrival_s=request.arrival_s,
+            scheduled_s=seq.scheduled_s,
+            first_token_s=seq.token_times_s[0],
+            finished_s=seq.token_times_s[-1],
+            token_times_s=tuple(seq.token_times_s),
+            prompt_tokens=seq.prompt_len,
+            output_tokens=len(seq.output_ids),
+            cached_tokens=seq.cached_tokens,
+            kv_len_before=seq.kv_len_before,
+            kv_len_after=seq.kv_len_after,
+            pages_freed=seq.pages_freed,
+            compressed=seq.compressed,
+            preemptions=seq.preemptions,
+        )
+        return RequestOutput(
+            request.request_id, request.prompt_token_ids, seq.output_ids, text, seq.finish_reason, metrics
+        )
+
+    def generate(
+        self, prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Run prompts to the end; outputs in the order of the prompts."""
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        require(
+            len(params) == len(prompts),
+            f"{len(prompts)} prompts with {len(params)} sampling_params; give one for all, or one each.",
+        )
+        ids = []
+        try:
+            ids.extend(self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True))
+        except ValueError:
+            for request_id in ids:  # all or none: a rejected prompt must not leave its neighbours queued
+                self.cancel(request_id)
+            raise
+        done: dict[str, RequestOutput] = {}
+        while self.has_unfinished():
+            done.update((output.request_id, output) for output in self.step())
+        return [done[request_id] for request_id in ids]
+
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        allocator = self._scheduler.allocator
+        self._stats.peak_pages = allocator.peak_used
+        self._stats.peak_kv_bytes = allocator.peak_used * self._runner.pool.page_bytes
+        return self._stats
+
+    def reset_stats(self) -> None:
+        self._stats = self._scheduler.stats = EngineStats()
+        self._scheduler.allocator.peak_used = self._scheduler.allocator.used
+
+    def describe(self) -> dict[str, Any]:
+        """What runs on what: the facts a row records about the engine."""
+        return self._parts.describe()
+
+    def check_books(self) -> None:
+        """Assert that no page is lost or owned twice, and that an idle engine owns none."""
+        allocator = self._scheduler.allocator
+        allocator.check()
+        if not self.has_unfinished():
+            assert allocator.used == 0, f"{allocator.used} pages are owned by nobody's request"
+
+    def close(self) -> None:
+        """Give the device's memory back. The object cannot be used afterwards."""
+        self._parts.close()
+        del self._parts, self._runner, self._scheduler

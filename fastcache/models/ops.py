@@ -1,0 +1,64 @@
+"""The element-wise operations of a decoder layer: the plain torch reference, and who provides faster ones.
+
+`Ops` is the seam: model files call these four names, `select_ops` says who answers on a device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Ops:
+    """Reference implementations, any device. Fast versions subclass this with the same signatures."""
+
+    name = "torch"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: (..., n), weight: (n,). Statistics in float32, result in x's dtype (Zhang, Sennrich 2019)."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * (wide * scale).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); both (T, n). May reuse the inputs' memory."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """(T, 2n) -> (T, n): silu(first half) * second half."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def qk_norm_rope(
+        self,
+        qkv: Tensor,
+        heads: tuple[int, int, int],
+        norms: tuple[Tensor, Tensor, float] | None,
+        cos_sin: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Split a merged projection, normalise q and k per head when `norms` is given, rotate them.
+
+        qkv: (T, (H + 2 Hk) d); heads: (H, Hk, d); norms: (q weight (d,), k weight (d,), eps);
+        cos_sin: (max_positions, 2, d / 2) float32; positions: (T,) int64.
+        Returns q (T, H, d), k (T, Hk, d), v (T, Hk, d). Rotation as in GPT-NeoX (first half with second).
+        """
+        num_heads, kv_heads, dim = heads
+        q, k, v = qkv.view(-1, num_heads + 2 * kv_heads, dim).split([num_heads, kv_heads, kv_heads], dim=1)
+        if norms is not None:
+            q_weight, k_weight, eps = norms
+            q, k = self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)
+        cos, sin = cos_sin[positions].to(q.dtype).unsqueeze(1).unbind(2)  # each (T, 1, d / 2)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def select_ops(device: torch.device) -> Ops:
+    """The fastest provider that this device and installation have."""
+    return Ops()

@@ -84,12 +84,19 @@ def read_shape(fields: _Fields) -> LlamaShape:
             f"{fields.source} holds the architecture {architecture!r}; only GGUF files of the architecture "
             f"{MODEL_TYPE!r} are converted. Use a Hugging Face folder of the model instead."
         )
-    scaling = fields.get("llama.rope.scaling.type", "none")
     heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    scaling = fields.get("llama.rope.scaling.type", "none")
     if not isinstance(heads, int) or scaling != "none":
         raise UnsupportedArchitecture(
             f"{fields.source} uses rotary scaling {scaling!r} and head count {heads!r}; allowed are no "
             "scaling and one head count for all layers. Use a Hugging Face folder of the model instead."
+        )
+    head_dim = fields.get("llama.attention.key_length", hidden // heads)
+    rotary = fields.get("llama.rope.dimension_count", head_dim)
+    if rotary != head_dim:
+        raise UnsupportedArchitecture(
+            f"{fields.source} rotates {rotary} of {head_dim} dimensions of a head; allowed is all of them. "
+            "Use a Hugging Face folder of the model instead."
         )
     return LlamaShape(
         layers=fields["llama.block_count"],
@@ -97,7 +104,7 @@ def read_shape(fields: _Fields) -> LlamaShape:
         intermediate=fields["llama.feed_forward_length"],
         heads=heads,
         kv_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=fields.get("llama.attention.key_length", hidden // heads),
+        head_dim=head_dim,
         vocabulary=len(fields["tokenizer.ggml.tokens"]),
         positions=fields["llama.context_length"],
         rope_theta=_shortest(fields.get("llama.rope.freq_base", 10000.0)),

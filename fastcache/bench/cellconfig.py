@@ -30,7 +30,7 @@ from fastcache.config import (
 from fastcache.errors import ConfigError
 
 WORKLOADS = ("synthetic-long", "english-prose", "light-dataset", "heavy-trace")
-COMPRESSED_VARIANTS = tuple(v for v in VARIANTS if v != "baseline")
+MAX_MODEL_LEN = 4096  # tokens per sequence where nothing else is said, as in the guide
 GREENCTX_VARIANTS = ("greenctx-only", "auto-tune+greenctx", "triad")
 
 
@@ -40,9 +40,9 @@ class WorkloadConfig(StrictConfig):
 
     `num_batches` batches run one after another, each of the cell's `batch_size` requests at once.
     `token` (synthetic-long) repeats one text; `dialogue` fills prompts with a two-speaker pattern.
-    `dataset_dir` (light-dataset) holds json, jsonl or csv prompt sets, filtered to prompts of
-    `min_prompt_tokens` to `max_prompt_tokens`. `trace` (heavy-trace) is a CSV with the columns
-    TIMESTAMP, ContextTokens, GeneratedTokens; rows of at least `min_prompt_tokens` are replayed in order.
+    `dataset_dir` (light-dataset) holds json, jsonl or csv prompt sets; prompts of `min_prompt_tokens` to
+    `context` tokens are used. `trace` (heavy-trace) is a CSV with the columns TIMESTAMP, ContextTokens,
+    GeneratedTokens; rows of at least `min_prompt_tokens` and at most `output` are replayed in order.
     """
 
     name: str
@@ -54,15 +54,13 @@ class WorkloadConfig(StrictConfig):
     dataset_dir: str | None = None
     trace: str | None = None
     min_prompt_tokens: int | None = None
-    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         one_of("workload", self.name, WORKLOADS)
         for name in ("context", "output", "num_batches"):
             positive_int(f"workload {self.name}: {name}", getattr(self, name))
-        for name in ("min_prompt_tokens", "max_prompt_tokens"):
-            if getattr(self, name) is not None:
-                positive_int(f"workload {self.name}: {name}", getattr(self, name))
+        if self.min_prompt_tokens is not None:
+            positive_int(f"workload {self.name}: min_prompt_tokens", self.min_prompt_tokens)
         require(
             self.name == "synthetic-long" or not (self.token or self.dialogue),
             f"workload {self.name!r} takes no `token` or `dialogue`; these belong to 'synthetic-long'.",
@@ -206,6 +204,13 @@ class CellConfig(StrictConfig):
             parts += [self.method, f"f{self.compression_factor:g}"]
         safe = "-".join(parts).replace("_", "-")
         return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in safe) + "-" + digest
+
+    @property
+    def model_len(self) -> int:
+        """Tokens per sequence, prompt and output together, that the engine is built for."""
+        if self.max_model_len is not None:
+            return self.max_model_len
+        return min(MAX_MODEL_LEN, self.workload.context + self.workload.output)
 
     @property
     def compressed(self) -> bool:

@@ -16,7 +16,6 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,11 +103,10 @@ def expand(config: Mapping[str, Any], other_keys: Iterable[str] = ()) -> Expansi
 
 def impossible(cell: CellConfig) -> tuple[str, str] | None:
     """(rule, reason) if the parameters alone show that the cell cannot be measured."""
-    limit = model_len(cell)
-    if limit is not None and cell.workload.output >= limit:
+    if cell.workload.output >= cell.model_len:
         return (
             "no-room-for-a-prompt",
-            f"{cell.workload.output} output tokens leave no room in max_model_len {limit}",
+            f"{cell.workload.output} output tokens leave no room in max_model_len {cell.model_len}",
         )
     if cell.workload.needs_tokenizer and cell.model_path is None:
         return (
@@ -116,13 +114,6 @@ def impossible(cell: CellConfig) -> tuple[str, str] | None:
             f"workload {cell.workload.name!r} is text, and dummy weights without a folder have no tokenizer",
         )
     return None
-
-
-def model_len(cell: CellConfig) -> int | None:
-    """Tokens per sequence, prompt and output; None when only the model's folder can tell."""
-    if cell.max_model_len is not None:
-        return cell.max_model_len
-    return models.MODELS[cell.model].max_model_len if cell.model in models.MODELS else None
 
 
 def _product(config: Mapping[str, Any]) -> Iterator[CellConfig]:
@@ -266,11 +257,3 @@ def _check_keys(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None
 def _nothing_left(excluded: list[Exclusion]) -> str:
     reasons = sorted({f"{e.rule}: {e.reason}" for e in excluded})
     return "no cell of this matrix can be measured: " + "; ".join(reasons) + "."
-
-
-def as_dicts(expansion: Expansion) -> list[dict[str, Any]]:
-    """The excluded cells as plain data, for a table of what was left out."""
-    return [{"cell": e.cell.to_dict(), "rule": e.rule, "reason": e.reason} for e in expansion.excluded]
-
-
-assert {*ENGINE_KEYS, *MEASURE_KEYS} <= {f.name for f in dataclasses.fields(CellConfig)}

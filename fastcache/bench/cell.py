@@ -1,0 +1,225 @@
+"""One cell measured: load once, warm up, run the timed rounds, tell what happened. Runs in its own process.
+
+`python -m fastcache.bench.cell CELL.json RESULT.json` is what the supervisor starts; it writes a result for
+every error Python can catch. What it cannot catch (a kill, an abort, a hang) is the supervisor's to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastcache.bench import models
+from fastcache.bench.cellconfig import CellConfig
+from fastcache.bench.metrics import Round, summarise
+from fastcache.bench.prompts import Vocabulary
+from fastcache.bench.row import blank_row, failure, write_json
+from fastcache.bench.supervise import die_with_parent
+from fastcache.bench.workload import Batch, make_plan, shareable_tokens
+from fastcache.config import CompressionConfig, PartitionConfig, SamplingParams, ratio_of_factor
+from fastcache.device.info import device_info, peak_memory_bytes
+from fastcache.errors import (
+    DeviceOutOfMemory,
+    OutOfPages,
+    UnsupportedArchitecture,
+    UnsupportedCombination,
+    UserError,
+)
+
+log = logging.getLogger(__name__)
+
+WARMUP_TOKENS = 16  # enough decode steps to compile, capture and touch every buffer
+FIXED_POLICY = (
+    "variant {variant!r} ran with the fixed policy: the compression and the SM split of this row were given, "
+    "not decided by the engine"
+)
+
+
+def measure_cell(cell: CellConfig, make_llm: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """The row of `cell`, whatever Python can catch. `make_llm` stands in for `fastcache.LLM` in tests."""
+    row = blank_row(cell)
+    try:
+        if make_llm is None:
+            from fastcache import LLM as make_llm
+        _measure(cell, row, make_llm)
+    except Exception as error:  # whatever goes wrong in one cell is that cell's result, not the matrix's end
+        if not isinstance(error, UserError):
+            log.exception("cell %s", cell.id)
+        row |= failure(classify(error), type(error).__name__, str(error))
+    return row
+
+
+def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]) -> None:
+    """Fill `row`: the engine's facts as soon as they are known, the numbers only when all of them are."""
+    llm = make_llm(**engine_options(cell))
+    try:
+        facts = llm.describe()
+        row |= engine_facts(facts) | partition_facts(cell, facts)
+        plan = make_plan(
+            cell.workload,
+            cell.batch_size,
+            cell.warmup + cell.repeats,
+            cell.seed,
+            Vocabulary(llm.model_config.vocab_size, _encoder(llm.tokenizer)),
+            facts["max_model_len"],
+        )
+        for batches in plan.rounds[: cell.warmup]:
+            run_batch(llm, batches[0], WARMUP_TOKENS)
+        timed = [run_round(llm, batches) for batches in plan.rounds[cell.warmup :]]
+        memory = peak_memory_bytes(facts["device"])
+    finally:
+        llm.close()
+    prompts = [request.prompt_token_ids for batch in plan.rounds[cell.warmup] for request in batch]
+    row |= summarise(timed) | {
+        "status": "ok",
+        "text_source": plan.text_source,
+        "context_used": plan.context_used,
+        "output_used": plan.output_used,
+        "peak_memory_bytes": memory,
+        "shareable_prefix_tokens": shareable_tokens(prompts, cell.page_size),
+    }
+    row["notes"] = plan.notes + notes(cell, row)
+
+
+def engine_options(cell: CellConfig) -> dict[str, Any]:
+    """A variant as engine settings: compression on from compression-only up, partitions on from greenctx-only."""
+    compression = partition = None
+    if cell.compressed:
+        ratio = ratio_of_factor(cell.compression_factor)
+        compression = CompressionConfig(str(cell.method), ratio, cell.method_params)
+    if cell.greenctx:
+        partition = PartitionConfig(
+            enabled=True,
+            compress_ratio=cell.greenctx_compress_ratio,
+            main_ratio=cell.greenctx_main_ratio,
+            main_stream=cell.greenctx_main_stream,
+            require=cell.require_greenctx,
+        )
+    return {
+        "model": models.engine_source(cell.model, cell.model_path),
+        "load_format": cell.load_format,
+        "dtype": cell.dtype,
+        "device": cell.device,
+        "page_size": cell.page_size,
+        "max_model_len": cell.model_len,
+        "max_num_seqs": cell.batch_size,
+        "max_num_batched_tokens": cell.max_num_batched_tokens,
+        "num_pages": cell.num_pages,
+        "gpu_memory_utilization": cell.gpu_mem_util,
+        "enable_prefix_caching": cell.enable_prefix_caching,
+        "attention_backend": cell.attention_backend,
+        "enforce_eager": cell.enforce_eager,
+        "seed": cell.seed,
+        "compression": compression,
+        "partition": partition or PartitionConfig(),
+    }
+
+
+def engine_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_backend": facts["attention_backend"],
+        "dtype": facts["dtype"],
+        "num_pages": facts["num_pages"],
+        "max_model_len": facts["max_model_len"],
+        "weights": {name: facts["weights"][name] for name in ("kind", "sha256")},
+        "device": device_info(facts["device"]),
+    }
+
+
+def partition_facts(cell: CellConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What became of the partition, from the engine's own report; nothing where none was asked for.
+
+    Errors: `UnsupportedCombination` if the cell requires green contexts and there are none.
+    """
+    if not cell.greenctx:
+        return {}
+    report = facts.get("partition") or {}
+    available = bool(report.get("available"))
+    reason = None if available else report.get("reason") or _no_partition(facts["device"])
+    if cell.require_greenctx and not available:
+        raise UnsupportedCombination(
+            f"require_greenctx is set and there are no green contexts: {reason}. Unset it to run on plain "
+            "streams, which the row then says."
+        )
+    return {
+        "greenctx_available": available,
+        "greenctx_reason": reason,
+        "requested_sms": report.get("requested_sms"),
+        "granted_sms": report.get("granted_sms"),
+    }
+
+
+def _no_partition(device: str) -> str:
+    if device.startswith("cpu"):
+        return "the device is a CPU, which has no SMs to partition"
+    return "the engine created no partition, so everything ran on streams of the whole GPU"
+
+
+def run_round(llm: Any, batches: list[Batch]) -> Round:
+    """Batches one after another, each of all its requests at once; wall time includes the gaps between them."""
+    llm.reset_stats()
+    outputs = []
+    start = time.perf_counter()
+    for batch in batches:
+        outputs += run_batch(llm, batch)
+    return Round(time.perf_counter() - start, outputs, llm.stats())
+
+
+def run_batch(llm: Any, batch: Batch, at_most: int | None = None) -> list[Any]:
+    """Greedy, and never stopped by an end-of-sequence token: every variant generates the same number."""
+    limits = [min(request.max_tokens, at_most or request.max_tokens) for request in batch]
+    params = [SamplingParams(max_tokens=limit, ignore_eos=True) for limit in limits]
+    return llm.generate([request.prompt_token_ids for request in batch], params)
+
+
+def notes(cell: CellConfig, row: dict[str, Any]) -> list[str]:
+    """What a reader must know to read this row rightly."""
+    said = []
+    if cell.greenctx and not row["greenctx_available"]:
+        said.append(f"no green contexts: {row['greenctx_reason']}")
+    if cell.variant in ("auto-tune+greenctx", "triad"):
+        said.append(FIXED_POLICY.format(variant=cell.variant))
+    if cell.compressed and row["uncompressed_requests"]:
+        said.append(f"{row['uncompressed_requests']} requests were not compressed: too short for the method")
+    if row["weights"]["kind"] == "dummy":
+        said.append("weights are seeded random numbers: speed is meaningful, text is not")
+    if row["prefix_hit_tokens"]:
+        said.append(
+            f"{row['prefix_hit_tokens']} prompt tokens came from the prefix cache and were not computed"
+        )
+    return said
+
+
+def classify(error: BaseException) -> str:
+    """The status of a row whose cell ended with `error`."""
+    if isinstance(error, DeviceOutOfMemory | OutOfPages | MemoryError):
+        return "oom"
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "oom"  # torch's own, on CUDA and on the CPU
+    if isinstance(error, UnsupportedCombination | UnsupportedArchitecture):
+        return "unsupported"
+    return "failed"
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:
+    """Windows of a text are not messages: they get no begin-of-sequence token."""
+    if tokenizer is None:
+        return None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def main(arguments: list[str]) -> None:
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    source, target = map(Path, arguments)
+    cell = CellConfig.from_dict(json.loads(source.read_text(encoding="utf-8")))
+    write_json(target, measure_cell(cell))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,107 @@
+"""From what the engine reports to the numbers of a row. Pure functions; imports no torch.
+
+Counts and rates are those of one timed round, the one with the (lower) median throughput, so that a row's
+arithmetic closes: total_tokens / elapsed_s is throughput_tok_s. Percentiles pool the requests of all rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastcache.core import EngineStats, RequestMetrics, RequestOutput
+
+SAMPLE_REQUESTS, SAMPLE_TOKENS = 16, 64
+
+
+@dataclass(frozen=True)
+class Round:
+    """One timed round: wall seconds from the first request added to the last one finished."""
+
+    elapsed_s: float
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(output.metrics.prompt_tokens for output in self.outputs)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(output.metrics.output_tokens for output in self.outputs)
+
+    @property
+    def throughput(self) -> float:
+        return (self.prompt_tokens + self.output_tokens) / self.elapsed_s
+
+
+def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
+    """The measured fields of a row (see row.schema.yaml) from at least one timed round."""
+    assert rounds, "a measurement has at least one round"
+    values = [r.throughput for r in rounds]
+    middle = rounds[values.index(statistics.median_low(values))]
+    pooled = [output.metrics for r in rounds for output in r.outputs]
+    return {
+        "prompt_tokens": middle.prompt_tokens,
+        "output_tokens": middle.output_tokens,
+        "total_tokens": middle.prompt_tokens + middle.output_tokens,
+        "elapsed_s": middle.elapsed_s,
+        "throughput_tok_s": middle.throughput,
+        "prefill_tok_s": _rate(middle.stats.prefill_tokens, middle.stats.prefill_time_s),
+        "decode_tok_s": _rate(middle.stats.decode_tokens, middle.stats.decode_time_s),
+        "ttft_s": percentiles([m.first_token_s - m.arrival_s for m in pooled]),
+        "tpot_s": percentiles([tpot(m) for m in pooled if m.output_tokens > 1]),
+        "repeats": spread(values),
+        "preemptions": middle.stats.preemptions,
+        "prefix_hit_tokens": middle.stats.prefix_hit_tokens,
+        "peak_kv_bytes": max(r.stats.peak_kv_bytes for r in rounds),
+        "peak_running": max(r.stats.peak_running for r in rounds),
+        "output_sample": output_sample(rounds[0].outputs),
+        **compression([output.metrics for output in middle.outputs]),
+    }
+
+
+def compression(metrics: Sequence[RequestMetrics]) -> dict[str, Any]:
+    """What compression did to a round's requests; lengths are means over the compressed ones, or None."""
+    done = [m for m in metrics if m.compressed]
+    return {
+        "kv_len_before": statistics.fmean(m.kv_len_before for m in done) if done else None,
+        "kv_len_after": statistics.fmean(m.kv_len_after for m in done) if done else None,
+        "pages_freed": sum(m.pages_freed for m in done),
+        "compressed_requests": len(done),
+        "uncompressed_requests": len(metrics) - len(done),
+    }
+
+
+def tpot(metrics: RequestMetrics) -> float:
+    """Seconds per output token after the first one."""
+    return (metrics.finished_s - metrics.first_token_s) / (metrics.output_tokens - 1)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    return {"p50": percentile(values, 50), "p99": percentile(values, 99)} if values else None
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile, linear between the two nearest ranks."""
+    ranked = sorted(values)
+    place = (len(ranked) - 1) * q / 100
+    low = int(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (ranked[high] - ranked[low]) * (place - low)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Values, their lower median, and (largest - smallest) / median."""
+    middle = statistics.median_low(values)
+    return {"values": list(values), "median": middle, "spread": (max(values) - min(values)) / middle}
+
+
+def output_sample(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [list(output.token_ids[:SAMPLE_TOKENS]) for output in outputs[:SAMPLE_REQUESTS]]
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if tokens and seconds > 0 else None

@@ -1,0 +1,90 @@
+"""Runs a cell in a child process and always comes back with a row. Imports no torch.
+
+A CUDA error, a killed process or a hang can only be survived from outside. The child is a fresh interpreter
+(never a fork, which CUDA does not survive), leads its own process group so that a timeout ends its helpers
+too, and dies with its parent, so that an interrupted run leaves no process holding a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcache.bench.cellconfig import CellConfig
+from fastcache.bench.row import blank_row, failure, write_json
+
+CHILD = (sys.executable, "-m", "fastcache.bench.cell")
+PARENT_VARIABLE = "FASTCACHE_PARENT_PID"
+PR_SET_PDEATHSIG = 1
+
+
+def run_cell(cell: CellConfig, command: Sequence[str] = CHILD) -> dict[str, Any]:
+    """The row of `cell`, whatever happens to the process that measures it.
+
+    `command` gets two more arguments: the file with the cell, and the file to write its row to.
+    """
+    row = blank_row(cell)
+    with tempfile.TemporaryDirectory(prefix="fastcache-cell-") as folder:
+        source, target = Path(folder, "cell.json"), Path(folder, "row.json")
+        write_json(source, cell.to_dict())
+        started = time.monotonic()
+        child = subprocess.Popen(
+            [*command, str(source), str(target)],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(cell.timeout_s)
+        except subprocess.TimeoutExpired:
+            message = f"no result after {cell.timeout_s:g} s; the process was ended. Raise timeout_s to wait longer."
+            return row | failure("timeout", "Timeout", message)
+        finally:
+            end(child)
+        if target.is_file():
+            return json.loads(target.read_text(encoding="utf-8"))
+        return row | failure("crashed", "ProcessDied", how_it_died(code, time.monotonic() - started))
+
+
+def end(child: subprocess.Popen[Any]) -> None:
+    """End the child's whole group; harmless if it has ended already."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is gone
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def how_it_died(code: int, seconds: float) -> str:
+    after = f"after {seconds:.1f} s, before it wrote a row"
+    if code >= 0:
+        return f"the measuring process exited with code {code} {after}; its messages are in the log."
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = " The system kills with SIGKILL when memory runs out." if name == "SIGKILL" else ""
+    return f"the measuring process was ended by {name} {after}.{hint}"
+
+
+def die_with_parent() -> None:
+    """Called by the child: ask the kernel to end it when its parent ends. Linux only; elsewhere no effect."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    expected = os.environ.get(PARENT_VARIABLE)
+    if expected is not None and os.getppid() != int(expected):  # the parent ended before the request
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _has_descriptor(stream: Any) -> bool:
+    try:
+        return stream.fileno() >= 0
+    except (AttributeError, OSError, ValueError):
+        return False

@@ -34,6 +34,16 @@ from fastcache.errors import (
 log = logging.getLogger(__name__)
 
 WARMUP_TOKENS = 16  # enough decode steps to compile, capture and touch every buffer
+PARTITION_FIELDS = (
+    "greenctx_available",
+    "greenctx_reason",
+    "greenctx_provider",
+    "greenctx_exclusive",
+    "greenctx_granted_from",
+    "greenctx_attempts",
+    "requested_sms",
+    "granted_sms",
+)
 FIXED_POLICY = (
     "variant {variant!r} ran with the fixed policy: the compression and the SM split of this row were given, "
     "not decided by the engine"
@@ -138,26 +148,22 @@ def partition_facts(cell: CellConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """
     if not cell.greenctx:
         return {}
-    report = facts.get("partition") or {}
-    available = bool(report.get("available"))
-    reason = None if available else report.get("reason") or _no_partition(facts["device"])
-    if cell.require_greenctx and not available:
-        raise UnsupportedCombination(
-            f"require_greenctx is set and there are no green contexts: {reason}. Unset it to run on plain "
-            "streams, which the row then says."
-        )
-    return {
-        "greenctx_available": available,
-        "greenctx_reason": reason,
-        "requested_sms": report.get("requested_sms"),
-        "granted_sms": report.get("granted_sms"),
+    report = facts.get("partition") or {
+        "greenctx_available": False,
+        "greenctx_reason": _no_report(facts["device"]),
     }
+    if cell.require_greenctx and not report["greenctx_available"]:
+        raise UnsupportedCombination(
+            f"require_greenctx is set and there are no green contexts: {report['greenctx_reason']}. Unset it "
+            "to run on plain streams, which the row then says."
+        )
+    return {name: report.get(name) for name in PARTITION_FIELDS}
 
 
-def _no_partition(device: str) -> str:
+def _no_report(device: str) -> str:
     if device.startswith("cpu"):
         return "the device is a CPU, which has no SMs to partition"
-    return "the engine created no partition, so everything ran on streams of the whole GPU"
+    return "the engine reported no partition, so everything ran on the whole GPU"
 
 
 def run_round(llm: Any, batches: list[Batch]) -> Round:

@@ -1,0 +1,71 @@
+"""Continue prompts with a model, with or without compression of the KV cache; prints the text of each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from fastcache.cli_types import count, number, positive_int
+from fastcache.compression.registry import METHODS
+from fastcache.config import DEVICES, DTYPES, LOAD_FORMATS, CompressionConfig, SamplingParams, one_of, require
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
+    parser.add_argument("--model", required=True, metavar="PATH", help="a local Hugging Face folder")
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    parser.add_argument("--max-tokens", type=positive_int, default=64, help="stop after so many tokens")
+    parser.add_argument("--temperature", type=number, default=0.0, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=count, default=0, help="0: off")
+    parser.add_argument("--top-p", type=number, default=1.0, help="1: off")
+    parser.add_argument("--seed", type=count, default=0, help="of the sampling")
+    parser.add_argument("--method", help=f"compress with one of {', '.join(METHODS)}")
+    parser.add_argument("--compression-factor", type=number, help="5 keeps a fifth; needs --method")
+    parser.add_argument("--load-format", default="auto", help=f"{' or '.join(LOAD_FORMATS)}")
+    parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    parser.add_argument("--device", default="auto", help=", ".join(DEVICES))
+    parser.add_argument("--max-model-len", type=positive_int, help="tokens per sequence, prompt and output")
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+    )
+    options = {
+        "dtype": args.dtype,
+        "device": args.device,
+        "load_format": args.load_format,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": len(args.prompts),
+        "compression": _compression(args),
+    }
+    from fastcache import LLM  # torch loads here, after the arguments were found to be right
+
+    llm = LLM(args.model, **options)
+    try:
+        prompts = [_chat(llm.tokenizer, text) for text in args.prompts] if args.chat else args.prompts
+        for output in llm.generate(prompts, sampling):
+            sys.stdout.write(f"{output.text.strip() if args.chat else output.text}\n")
+    finally:
+        llm.close()
+    return 0
+
+
+def _compression(args: argparse.Namespace) -> CompressionConfig | None:
+    if args.method is None:
+        require(args.compression_factor is None, "--compression-factor needs --method, the way to compress.")
+        return None
+    one_of("method", args.method, tuple(METHODS))
+    factor = 5.0 if args.compression_factor is None else args.compression_factor
+    return CompressionConfig.from_dict({"method": args.method, "compression_factor": factor})
+
+
+def _chat(tokenizer: Any, text: str) -> list[int]:
+    require(tokenizer is not None, "--chat needs a tokenizer, and the model's folder has none.")
+    message = [{"role": "user", "content": text}]
+    return tokenizer.encode(tokenizer.apply_chat_template(message), add_special_tokens=False)

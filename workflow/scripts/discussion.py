@@ -1,0 +1,139 @@
+"""The report's discussion: each paragraph is computed from the rows, and left out when they say nothing on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from findings import (
+    Comparison,
+    Row,
+    comparisons,
+    count,
+    describe,
+    group_summary,
+    grouped,
+    kept_share,
+    middle,
+    percent,
+    times,
+    token_match,
+)
+
+
+def paragraphs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(topic, text) in reading order."""
+    pairs = comparisons(rows)
+    if not pairs:
+        return []
+    topics = (
+        ("Speed", _speed(pairs)),
+        ("Batch size", _by(pairs, "batch_size", "At batch {}")),
+        ("Requests", _by(pairs, "workload", "On {}")),
+        ("Where the time goes", _latency(pairs)),
+        ("Methods", _methods(pairs)),
+        ("Memory", _memory(rows)),
+        ("Green contexts", _green_contexts(rows)),
+        ("Decisions", _decisions(rows)),
+    )
+    return [(topic, text) for topic, text in topics if text]
+
+
+def _speed(pairs: Sequence[Comparison]) -> str:
+    verdicts = Counter(pair.verdict for pair in pairs)
+    worst, best = min(pairs, key=lambda p: p.speedup), max(pairs, key=lambda p: p.speedup)
+    if verdicts["undecided"]:
+        text = (
+            f"{verdicts['undecided']} of {len(pairs)} comparisons rest on a single repeat, so nothing tells a "
+            "difference from noise."
+        )
+    else:
+        noise = middle(pair.noise for pair in pairs)
+        text = (
+            f"Of {count(len(pairs), 'comparison')}, {verdicts['faster']} are faster than their baseline by more than "
+            f"the spread of the repeats, {verdicts['slower']} are slower, and {verdicts['same']} lie within it. "
+            f"That spread is {percent(noise)} of the median in the typical pair."
+        )
+    low, high = (f"{times(pair.speedup)} ({describe(pair.row)})" for pair in (worst, best))
+    return f"{text} The range is {low} to {high}."
+
+
+def _by(pairs: Sequence[Comparison], key: str, phrase: str) -> str:
+    groups = grouped(pairs, lambda row: row[key])
+    if len(groups) < 2:
+        return ""
+    said = [
+        f"{phrase.format(name)} the median is {times(group['speedup'])}" for name, group in groups.items()
+    ]
+    return "; ".join([said[0], *(text[0].lower() + text[1:] for text in said[1:])]) + "."
+
+
+def _latency(pairs: Sequence[Comparison]) -> str:
+    all_of = group_summary(pairs)
+    if all_of["ttft"] is None:
+        return ""
+    text = (
+        "Compression runs behind the prefill, so its own work is paid before the first token: the median time to "
+        f"first token is {times(all_of['ttft'])} the baseline's."
+    )
+    if all_of["tpot"] is None:
+        return text
+    return text + f" Decoding reads a shorter cache: a further token takes {times(all_of['tpot'])} as long."
+
+
+def _methods(pairs: Sequence[Comparison]) -> str:
+    groups = grouped(pairs, lambda row: row["method"])
+    said = []
+    for name, group in groups.items():
+        match = f" and {percent(group['agreement'])} equal tokens" if group["agreement"] is not None else ""
+        said.append(f"{name} has {times(group['speedup'])} the baseline's throughput{match}")
+    return "In the median cell, " + "; ".join(said) + "."
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    compressed = [row for row in rows if row["kv_len_before"]]
+    if not compressed:
+        return ""
+    before, after = (middle(row[name] for row in compressed) for name in ("kv_len_before", "kv_len_after"))
+    freed = sum(row["pages_freed"] or 0 for row in compressed)
+    lost = [row for row in compressed if token_match(row) is not None and token_match(row) < 0.5]
+    text = (
+        f"A typical request holds {before:,.0f} KV entries per head before compression and {after:,.0f} after it "
+        f"({percent(middle(kept_share(row) for row in compressed))}); {freed:,} pages went back to the pool in one "
+        "repeat of every cell."
+    )
+    if lost:
+        text += f" In {len(lost)} of {len(compressed)} compressed cells, less than half of the output is unchanged."
+    return text
+
+
+def _green_contexts(rows: Sequence[Row]) -> str:
+    asked = [row for row in rows if row["greenctx"] and row["status"] == "ok"]
+    if not asked:
+        return ""
+    had = [row for row in asked if row["greenctx_available"]]
+    text = f"{len(had)} of the {count(len(asked), 'measured cell')} that ask for green contexts had them."
+    reasons = Counter(row["greenctx_reason"] for row in asked if row["greenctx_reason"])
+    if reasons:
+        text += (
+            " Otherwise: " + "; ".join(f"{reason} ({n} cells)" for reason, n in reasons.most_common()) + "."
+        )
+    if not had:
+        text += (
+            " Their variants therefore ran without any split, and differ from compression-only in nothing that a "
+            "partition could cause."
+        )
+    return text
+
+
+def _decisions(rows: Sequence[Row]) -> str:
+    named = [
+        row for row in rows if row["variant"] in ("auto-tune+greenctx", "triad") and row["status"] == "ok"
+    ]
+    decided = [row for row in named if row["policy"] == "auto"]
+    if not named or len(decided) == len(named):
+        return ""
+    return (
+        f"In {len(named) - len(decided)} of the {count(len(named), 'cell')} of auto-tune+greenctx and triad the engine "
+        "decided nothing by itself: they ran the fixed policy, as their rows say."
+    )

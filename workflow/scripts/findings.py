@@ -1,0 +1,165 @@
+"""What the rows say, as numbers and sentences. Pure functions of the table: nothing in the report is typed in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measured cell beside the baseline of the same model, requests and batch size."""
+
+    row: Row
+    baseline: Row
+
+    @property
+    def speedup(self) -> float:
+        return self.row["speedup_vs_baseline"]
+
+    @property
+    def noise(self) -> float | None:
+        """Largest relative spread of the two; None when a single repeat cannot show any."""
+        both = (self.row["repeats"], self.baseline["repeats"])
+        return max(r["spread"] for r in both) if all(len(r["values"]) > 1 for r in both) else None
+
+    @property
+    def verdict(self) -> str:
+        """faster or slower by more than the noise, same within it, undecided where there is no measure of it."""
+        if self.noise is None:
+            return "undecided"
+        if abs(self.speedup - 1) <= self.noise:
+            return "same"
+        return "faster" if self.speedup > 1 else "slower"
+
+    def ratio(self, name: str) -> float | None:
+        """This cell's median `ttft_s` or `tpot_s` over the baseline's; above 1 is slower."""
+        ours, theirs = self.row[name], self.baseline[name]
+        return ours["p50"] / theirs["p50"] if ours and theirs and theirs["p50"] else None
+
+
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """Every pair in which both sides have numbers."""
+    by_id = {row["cell_id"]: row for row in rows}
+    return [
+        Comparison(row, by_id[row["baseline_id"]])
+        for row in rows
+        if row["speedup_vs_baseline"] is not None and row["cell_id"] != row["baseline_id"]
+    ]
+
+
+def middle(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def kept_share(row: Row) -> float | None:
+    """Share of the KV entries that compression kept."""
+    return row["kv_len_after"] / row["kv_len_before"] if row["kv_len_before"] else None
+
+
+def token_match(row: Row) -> float | None:
+    return row["agreement"]["token_match"] if row["agreement"] else None
+
+
+def group_summary(pairs: Sequence[Comparison]) -> dict[str, Any]:
+    """The medians of one group of comparisons, and how many there were."""
+    speedups = [pair.speedup for pair in pairs]
+    return {
+        "pairs": len(pairs),
+        "speedup": middle(speedups),
+        "slowest": min(speedups, default=None),
+        "fastest": max(speedups, default=None),
+        "ttft": middle(pair.ratio("ttft_s") for pair in pairs),
+        "tpot": middle(pair.ratio("tpot_s") for pair in pairs),
+        "kept": middle(kept_share(pair.row) for pair in pairs),
+        "agreement": middle(token_match(pair.row) for pair in pairs),
+        "verdicts": Counter(pair.verdict for pair in pairs),
+    }
+
+
+def grouped(pairs: Sequence[Comparison], key: Callable[[Row], Any]) -> dict[Any, dict[str, Any]]:
+    groups: dict[Any, list[Comparison]] = {}
+    for pair in pairs:
+        groups.setdefault(key(pair.row), []).append(pair)
+    return {name: group_summary(members) for name, members in groups.items()}
+
+
+def by_variant(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line per variant, the baseline first; speed-ups over pairs in which both sides are ok."""
+    pairs = comparisons(rows)
+    lines = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        members = [row for row in rows if row["variant"] == name]
+        lines.append(
+            group_summary([pair for pair in pairs if pair.row["variant"] == name])
+            | {
+                "variant": name,
+                "cells": len(members),
+                "ok": sum(row["status"] == "ok" for row in members),
+                "throughput": middle(row["throughput_tok_s"] for row in members),
+            }
+        )
+    return lines
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """Does it pay, by how much, and at what agreement: one or two sentences."""
+    pairs = comparisons(rows)
+    if not pairs:
+        return "No cell can be compared with its baseline, so there is nothing to conclude from this run."
+    all_of = group_summary(pairs)
+    best = max(pairs, key=lambda pair: pair.speedup)
+    span = f"the median throughput is {times(all_of['speedup'])} the baseline's over {count(len(pairs), 'comparison')}"
+    top = f"at best {times(best.speedup)} ({describe(best.row)})"
+    return f"{_answer(all_of['verdicts'], all_of['speedup'])}: {span}, {top}. {_price(rows, all_of)}"
+
+
+def _answer(verdicts: Counter[str], speedup: float) -> str:
+    if verdicts["undecided"] == sum(verdicts.values()):
+        return "With a single repeat per cell, speed cannot be told from noise"
+    if verdicts["faster"] > verdicts["slower"] and speedup > 1:
+        return "Compression pays in speed here"
+    if verdicts["slower"] > verdicts["faster"] and speedup < 1:
+        return "Compression does not pay in speed here"
+    return "Compression makes no consistent difference in speed here"
+
+
+def _price(rows: Sequence[Row], all_of: dict[str, Any]) -> str:
+    kept = f"It keeps {percent(all_of['kept'])} of the KV entries" if all_of["kept"] is not None else ""
+    if all_of["agreement"] is None:
+        return f"{kept}." if kept else ""
+    said = f"{percent(all_of['agreement'])} of the output tokens equal the uncompressed ones"
+    if dummy(rows):
+        said += ", which says nothing about quality, since the weights are random"
+    return f"{kept}, and {said}." if kept else f"Of its output, {said}."
+
+
+def dummy(rows: Sequence[Row]) -> bool:
+    return any(
+        (row["weights"] or {}).get("kind") == "dummy" or row["cell"].get("load_format") == "dummy"
+        for row in rows
+    )
+
+
+def describe(row: Row) -> str:
+    how = f" with {row['method']} {TIMES}{row['compression_factor']:g}" if row["method"] else ""
+    return f"{row['variant']}{how}, {row['workload']}, batch {row['batch_size']}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}{TIMES}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

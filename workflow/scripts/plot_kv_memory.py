@@ -1,0 +1,56 @@
+"""What compression does to the cache: entries before and after, and the most bytes held at once."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotting
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from plotting import BASELINE, VARIANT_COLOURS
+
+MIB = 1024 * 1024
+
+
+def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    panels, settings = plotting.order(cells["panel"]), plotting.order(cells["setting"])
+    series = plotting.order(cells["series"])
+    fig, axes = plotting.grid(panels, ["entries", "bytes"])
+    for i, panel in enumerate(panels):
+        part = cells[cells["panel"] == panel].assign(
+            mib=lambda rows: rows["peak_kv_bytes"].astype(float) / MIB
+        )
+        _draw_entries(axes[i][0], part, [s for s in settings if s != BASELINE])
+        axes[i][0].set_title(f"KV entries per request, before and after\n{panel}")
+        plotting.draw_points(axes[i][1], part, series, settings, "mib", None)
+        axes[i][1].set_title(f"most KV memory in use\n{panel}")
+        axes[i][1].set_ylabel("MiB")
+        axes[i][1].set_ylim(bottom=0)
+    plotting.legend(fig, series, settings)
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    return fig, cells[[*columns, "kv_len_before", "kv_len_after", "peak_kv_bytes"]]
+
+
+def _draw_entries(ax: Axes, part: pd.DataFrame, settings: list[str]) -> None:
+    """The mean over a method's cells: every variant of it keeps the same share."""
+    for x, setting in enumerate(settings):
+        cells = part[part["setting"] == setting]
+        before, after = (
+            cells["kv_len_before"].astype(float).mean(),
+            cells["kv_len_after"].astype(float).mean(),
+        )
+        if pd.isna(before):
+            plotting.mark_missing(ax, x, "no cell succeeded")
+            continue
+        ax.bar(x - 0.2, before, width=0.38, color=VARIANT_COLOURS[BASELINE])
+        ax.bar(x + 0.2, after, width=0.38, color=VARIANT_COLOURS["compression-only"])
+        for side, value in ((-0.2, before), (0.2, after)):
+            ax.text(x + side, value, f"{value:.0f}", ha="center", va="bottom", fontsize=7.5)
+    ax.set_xticks(range(len(settings)), settings)
+    ax.set_xlim(-0.6, max(1, len(settings)) - 0.4)
+    ax.margins(y=0.15)
+    ax.set_ylabel("KV entries")
+    ax.grid(axis="x", visible=False)
+
+
+if __name__ == "__main__":
+    plotting.run("kv_memory", draw)

@@ -1,0 +1,33 @@
+"""Time to first token and per output token: a mark at the median request, a line to the 99th percentile."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotting
+from matplotlib.figure import Figure
+
+MEASURES = {"ttft": ("time to first token", "s", 1.0), "tpot": ("time per output token", "ms", 1000.0)}
+
+
+def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    panels, settings = plotting.order(cells["panel"]), plotting.order(cells["setting"])
+    series = plotting.order(cells["series"])
+    fig, axes = plotting.grid(panels, list(MEASURES))
+    for i, panel in enumerate(panels):
+        for j, (name, (title, unit, scale)) in enumerate(MEASURES.items()):
+            part = cells[cells["panel"] == panel].assign(
+                low=lambda rows, n=name, k=scale: rows[f"{n}_p50"].astype(float) * k,
+                high=lambda rows, n=name, k=scale: rows[f"{n}_p99"].astype(float) * k,
+            )
+            plotting.draw_points(axes[i][j], part, series, settings, "low", "high")
+            axes[i][j].set_title(f"{title}\n{panel}")
+            axes[i][j].set_ylabel(unit)
+            axes[i][j].set_ylim(bottom=0)
+    plotting.legend(fig, series, settings)
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    points = cells[[*columns, "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"]]
+    return fig, points.rename(columns=lambda c: f"{c}_s" if c.startswith(("ttft", "tpot")) else c)
+
+
+if __name__ == "__main__":
+    plotting.run("latency", draw)

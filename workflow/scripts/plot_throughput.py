@@ -1,0 +1,46 @@
+"""Throughput by variant and batch size: bars for the median repeat, whiskers for the slowest and fastest."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotting
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from plotting import BASELINE, colour, dodge
+
+
+def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """A row per panel, a column per method; the baseline stands in each column it is compared with."""
+    panels = plotting.order(cells["panel"])
+    settings = [s for s in plotting.order(cells["setting"]) if s != BASELINE] or [BASELINE]
+    series = plotting.order(cells["series"])
+    fig, axes = plotting.grid(panels, settings)
+    for i, panel in enumerate(panels):
+        for j, setting in enumerate(settings):
+            part = cells[(cells["panel"] == panel) & cells["setting"].isin([setting, BASELINE])]
+            _draw_bars(axes[i][j], part, series)
+            axes[i][j].set_title(f"{setting}\n{panel}")
+            axes[i][j].set_ylabel("tokens / s" if j == 0 else "")
+        top = max(ax.get_ylim()[1] for ax in axes[i])
+        for ax in axes[i]:
+            ax.set_ylim(0, top)
+    plotting.legend(fig, series)
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    return fig, cells[[*columns, "throughput_tok_s", "throughput_min", "throughput_max"]]
+
+
+def _draw_bars(ax: Axes, part: pd.DataFrame, series: list[str]) -> None:
+    place = dodge(series)
+    groups = sorted(part["batch_size"].unique())
+    for row in part.itertuples():
+        x = groups.index(row.batch_size) + place[row.series]
+        if pd.isna(row.throughput_tok_s):
+            plotting.mark_missing(ax, x, row.status)
+            continue
+        ax.bar(x, row.throughput_tok_s, width=place[""] * 0.9, color=colour(row.series))
+        ax.vlines(x, row.throughput_min, row.throughput_max, color="#202124", linewidth=1)
+    plotting.label_batches(ax, groups)
+
+
+if __name__ == "__main__":
+    plotting.run("throughput", draw)

@@ -1,0 +1,215 @@
+"""What the figures share: rows, names, colours, grouped marks, and saving the same bytes every time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: its members stay apart under every common colour blindness and in grey print.
+VARIANT_COLOURS = {
+    "baseline": "#5f6368",
+    "compression-only": "#0072B2",
+    "greenctx-only": "#E69F00",
+    "auto-tune+greenctx": "#009E73",
+    "triad": "#CC79A7",
+}
+MARKERS = "osD^vP*X"
+BASELINE = "baseline"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One line per cell, with the names that figures show: panel (model and requests), setting, series."""
+    one_model = len({row["model"] for row in rows}) == 1
+    one_split = len({_split(row) for row in rows if row["greenctx"]}) <= 1
+    return pd.DataFrame(
+        {
+            "cell_id": row["cell_id"],
+            "panel": _panel(row, one_model),
+            "batch_size": row["batch_size"],
+            "variant": row["variant"],
+            "series": row["variant"]
+            if one_split or not row["greenctx"]
+            else f"{row['variant']} {_split(row)}",
+            "setting": setting(row),
+            "status": row["status"],
+        }
+        | {name: row[name] for name in ("throughput_tok_s", "peak_kv_bytes", "kv_len_before", "kv_len_after")}
+        | _spread(row)
+        | {
+            f"{name}_{p}": (row[f"{name}_s"] or {}).get(p)
+            for name in ("ttft", "tpot")
+            for p in ("p50", "p99")
+        }
+        | {name: (row["agreement"] or {}).get(name) for name in ("token_match", "prefix_match")}
+        for row in rows
+    )
+
+
+def setting(row: dict[str, Any]) -> str:
+    """Method and factor as a reader says them; the baseline has neither."""
+    return (
+        BASELINE
+        if row["method"] is None
+        else f"{row['method']} \N{MULTIPLICATION SIGN}{row['compression_factor']:g}"
+    )
+
+
+def _panel(row: dict[str, Any], one_model: bool) -> str:
+    requests = f"{row['workload']}, {row['context_requested']} + {row['output_requested']} tokens"
+    return requests if one_model else f"{row['model']}, {requests}"
+
+
+def _split(row: dict[str, Any]) -> str:
+    return f"{row['greenctx_compress_ratio']:.0%}/{row['greenctx_main_ratio']:.0%}"
+
+
+def _spread(row: dict[str, Any]) -> dict[str, float | None]:
+    values = row["repeats"]["values"] if row["repeats"] else [None]
+    return (
+        {"throughput_min": min(values), "throughput_max": max(values)}
+        if values[0]
+        else dict.fromkeys(("throughput_min", "throughput_max"))
+    )
+
+
+def order(values: Iterable[str]) -> list[str]:
+    """Variants in their own order (splits of one stay together), anything else as it first appears."""
+    names = list(dict.fromkeys(values))
+    rank = {name: i for i, name in enumerate(VARIANT_COLOURS)}
+    return sorted(names, key=lambda name: rank.get(name.split(" ")[0], -1))
+
+
+def colour(series: str) -> str:
+    return VARIANT_COLOURS[series.split(" ")[0]]
+
+
+def theme() -> None:
+    sns.set_theme(style="whitegrid", context="paper", font="DejaVu Sans")
+    plt.rcParams.update(
+        {
+            "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
+            "font.family": ["DejaVu Sans", "Verdana", "sans-serif"],
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.titleweight": "bold",
+            "axes.labelsize": 9,
+            "axes.edgecolor": "#c4c7cc",
+            "grid.color": "#e6e8eb",
+            "legend.frameon": False,
+        }
+    )
+
+
+def grid(
+    rows: Sequence[str], columns: Sequence[str], width: float = 3.9, height: float = 2.6
+) -> tuple[Figure, Any]:
+    theme()
+    return plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(width * len(columns), height * len(rows) + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+
+
+def dodge(series: Sequence[str], width: float = 0.8) -> dict[str, float]:
+    """Where each series stands beside the middle of its group, and how wide its place is under ``""``."""
+    step = width / max(1, len(series))
+    return {"": step} | {name: (i - (len(series) - 1) / 2) * step for i, name in enumerate(series)}
+
+
+def draw_points(
+    ax: Axes, part: pd.DataFrame, series: Sequence[str], settings: Sequence[str], low: str, high: str | None
+) -> None:
+    """A mark per cell at `low`, a line from there to `high`. Groups are batch sizes, shapes are methods."""
+    place = dodge(series)
+    groups = sorted(part["batch_size"].unique())
+    inner = dodge([s for s in settings if s != BASELINE], width=place[""] * 0.8)
+    for row in part.itertuples():
+        x = groups.index(row.batch_size) + place[row.series] + inner.get(row.setting, 0.0)
+        value = getattr(row, low)
+        if pd.isna(value):
+            mark_missing(ax, x, row.status)
+            continue
+        if high is not None:
+            ax.vlines(x, value, getattr(row, high), color=colour(row.series), linewidth=1.4, alpha=0.55)
+        ax.scatter(
+            x,
+            value,
+            s=24,
+            color=colour(row.series),
+            marker=MARKERS[settings.index(row.setting) % len(MARKERS)],
+            zorder=3,
+            edgecolors="white",
+            linewidths=0.5,
+        )
+    label_batches(ax, groups)
+
+
+def mark_missing(ax: Axes, x: float, why: str) -> None:
+    """A cell without a number is named where its mark would stand, never drawn as zero."""
+    ax.text(
+        x,
+        0.02,
+        why,
+        rotation=90,
+        ha="center",
+        va="bottom",
+        fontsize=6.5,
+        color="#a50e0e",
+        transform=ax.get_xaxis_transform(),
+    )
+
+
+def label_batches(ax: Axes, groups: Sequence[int]) -> None:
+    ax.set_xticks(range(len(groups)), [str(g) for g in groups])
+    ax.set_xlim(-0.55, len(groups) - 0.45)
+    ax.set_xlabel("batch size")
+    ax.grid(axis="x", visible=False)
+
+
+def legend(fig: Figure, series: Sequence[str], settings: Sequence[str] = ()) -> None:
+    marks = [
+        plt.Line2D([], [], marker="s", linestyle="", color=colour(s), label=s, markersize=7) for s in series
+    ]
+    marks += [
+        plt.Line2D(
+            [], [], marker=MARKERS[i % len(MARKERS)], linestyle="", color="#3c4043", label=s, markersize=6
+        )
+        for i, s in enumerate(settings)
+        if s != BASELINE
+    ]
+    fig.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), 5), handletextpad=0.3)
+
+
+def run(name: str, draw: Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]]) -> None:
+    """The command line of every figure: `--rows rows.jsonl --svg out.svg --csv out.csv`."""
+    parser = argparse.ArgumentParser(description=f"Draw the figure '{name}' from the table's rows.")
+    for option in ("--rows", "--svg", "--csv"):
+        parser.add_argument(option, type=Path, required=True)
+    args = parser.parse_args()
+    plt.rcParams["svg.hashsalt"] = name  # element ids from content, not from chance
+    figure, points = draw(frame(read_rows(args.rows)))
+    figure.savefig(args.svg.with_suffix(".part"), format="svg", metadata={"Date": None, "Creator": None})
+    os.replace(args.svg.with_suffix(".part"), args.svg)
+    points.to_csv(args.csv, index=False, lineterminator="\n")

@@ -1,0 +1,156 @@
+"""The report: one HTML file that opens offline, written from the table, the figures and the templates in `report/`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import discussion
+import findings
+import jinja2
+from findings import Row, count, percent, times
+from markupsafe import Markup
+
+FIGURES = ("throughput", "latency", "kv_memory", "agreement")
+
+
+def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the rows were measured on and with. A list with more than one entry is a warning in the report."""
+    versions: dict[str, list[str]] = {}
+    for row in rows:
+        for name, version in row["versions"].items():
+            if version is not None and version not in versions.setdefault(name, []):
+                versions[name].append(version)
+    started = sorted(row["started_at"] for row in rows)
+    return {
+        "devices": distinct(row["device"] for row in rows),
+        "versions": {name: found for name, found in sorted(versions.items()) if found},
+        "commits": distinct(row["git_commit"] for row in rows),
+        "digests": distinct(row["source_digest"] for row in rows),
+        "weights": distinct({"model": row["model"], **row["weights"]} for row in rows if row["weights"]),
+        "attention": distinct(row["attention_backend"] for row in rows),
+        "dtypes": distinct(row["dtype"] for row in rows),
+        "texts": distinct(
+            {"workload": row["workload"], "source": row["text_source"]} for row in rows if row["text_source"]
+        ),
+        "repeats": distinct(row["cell"]["repeats"] for row in rows),
+        "warmup": distinct(row["cell"]["warmup"] for row in rows),
+        "seeds": distinct(row["seed"] for row in rows),
+        "first": started[0] if started else None,
+        "last": started[-1] if started else None,
+        "notes": Counter(note for row in rows for note in row["notes"]).most_common(),
+    }
+
+
+def distinct(values: Any) -> list[Any]:
+    """Different values that are not None, in order of appearance; mappings are compared by content."""
+    seen = {json.dumps(value, sort_keys=True): value for value in values if value is not None}
+    return list(seen.values())
+
+
+def spread_facts(rows: Sequence[Row]) -> dict[str, Any]:
+    """What every caption states: how many cells, how many repeats, how far repeats differ, what failed."""
+    measured = [row for row in rows if row["status"] == "ok"]
+    spreads = [row["repeats"]["spread"] for row in measured if len(row["repeats"]["values"]) > 1]
+    failed = Counter(row["status"] for row in rows if row["status"] != "ok")
+    return {
+        "cells": len(rows),
+        "measured": len(measured),
+        "failed": sum(failed.values()),
+        "failures": ", ".join(f"{n} {status}" for status, n in failed.most_common()),
+        "spread": findings.middle(spreads),
+        "largest_spread": max(spreads, default=None),
+    }
+
+
+def inline_svg(path: Path, name: str, title: str) -> Markup:
+    """The figure's markup, its ids made unique in the page, with a title for those who cannot see it."""
+    text = path.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.escape(title)}"', 1))
+
+
+def data_uri(path: Path) -> str:
+    return "data:text/csv;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def templates(folder: Path) -> jinja2.Environment:
+    """Undefined names are errors: a report with a hole must not be written."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"times": times, "percent": percent, "number": number, "count": count}
+    env.globals |= {
+        "middle": findings.middle,
+        "kept_share": findings.kept_share,
+        "token_match": findings.token_match,
+    }
+    return env
+
+
+def context(
+    rows: Sequence[Row], status: dict[str, Any], plan: dict[str, Any], figures: Path
+) -> dict[str, Any]:
+    """Everything the templates may name."""
+    pairs = findings.comparisons(rows)
+    return {
+        "title": (plan["config"].get("report") or {}).get(
+            "title", "Does KV-cache compression pay on this machine?"
+        ),
+        "headline": findings.headline(rows),
+        "dummy": findings.dummy(rows),
+        "overall": findings.group_summary(pairs),
+        "variants": findings.by_variant(rows),
+        "facts": environment_facts(rows),
+        "spread": spread_facts(rows),
+        "discussion": discussion.paragraphs(rows),
+        "rows": rows,
+        "status": status,
+        "excluded": plan["excluded"],
+        "config": json.dumps(plan["config"], indent=2),
+        "figures": {
+            name: {
+                "svg": inline_svg(figures / f"{name}.svg", name, name.replace("_", " ")),
+                "csv": data_uri(figures / f"{name}.csv"),
+            }
+            for name in FIGURES
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option in ("--rows", "--status", "--figures", "--templates", "--output"):
+        parser.add_argument(option, type=Path, required=True)
+    parser.add_argument("--plan", type=Path)
+    args = parser.parse_args()
+    lines = args.rows.read_text(encoding="utf-8").splitlines()
+    plan = json.loads(args.plan.read_text(encoding="utf-8")) if args.plan else {"config": {}, "excluded": []}
+    status = json.loads(args.status.read_text(encoding="utf-8"))
+    page = templates(args.templates).get_template("report.html.j2")
+    html = page.render(context([json.loads(line) for line in lines], status, plan, args.figures))
+    part = args.output.with_suffix(".part")
+    part.write_text(html, encoding="utf-8")
+    os.replace(part, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,9 @@ class KNorm(EvictionMethod):
 
     Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", EMNLP 2024,
     arXiv:2406.11430.
+
+    In the first layer a key's norm depends on its token alone, so the occurrences of a repeated token tie up to
+    rounding there.
     """
 
     name: ClassVar[str] = "knorm"

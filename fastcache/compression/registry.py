@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from fastcache.compression.base import EvictionMethod
 
 METHODS: dict[str, str] = {
+    "expected_attention": "fastcache.compression.expected_attention:ExpectedAttention",
+    "expected_attention_eps": "fastcache.compression.expected_attention:ExpectedAttentionEps",
+    "h2o": "fastcache.compression.h2o:H2O",
+    "keydiff": "fastcache.compression.keydiff:KeyDiff",
     "knorm": "fastcache.compression.knorm:KNorm",
+    "observed_attention": "fastcache.compression.observed_attention:ObservedAttention",
     "random": "fastcache.compression.random_keep:RandomKeep",
     "snapkv": "fastcache.compression.snapkv:SnapKV",
     "streaming_llm": "fastcache.compression.streaming_llm:StreamingLLM",
+    "tova": "fastcache.compression.tova:TOVA",
 }
 
 

@@ -79,3 +79,58 @@ def test_random_without_sinks_may_drop_the_first():
     kv = random_layer(method, [200], [100])
     first = [kept_by(method, replace(kv, layer=layer))[0][0][0] for layer in range(8)]
     assert max(first) > 0
+
+
+def test_tova_keeps_the_same_tokens_in_all_heads_and_always_the_last():
+    kept = kept_by(make("tova"), random_layer(make("tova"), [100, 70], [30, 20]))
+    for rows, length in zip(kept, (100, 70), strict=True):
+        assert rows[0] == rows[1] and rows[0][-1] == length - 1
+
+
+def test_keydiff_drops_what_is_like_the_others():
+    method = make("keydiff")
+    kv = random_layer(method, [40], [3], kv_heads=2)
+    kv.keys[:] = torch.ones(16) + 0.01 * kv.keys
+    odd = [5, 17, 31]
+    kv.keys[:, :, odd] = -torch.ones(16)
+    assert kept_by(method, kv) == [[odd] * 2]
+
+
+def test_observed_attention_counts_per_query_that_could_look():
+    """Entry 0 has the most mass, but over five queries; entry 4 has little, from a single one."""
+    method = make("observed_attention")
+    kv = random_layer(method, [5], [2], heads=1, kv_heads=1)
+    mass = torch.tensor([[[2.0, 0.8, 1.5, 0.2, 0.5]]])  # per query 0.4, 0.2, 0.5, 0.1, 0.5
+    assert kept_by(method, replace(kv, attention_mass=mass)) == [[[2, 4]]]
+
+
+@pytest.mark.parametrize(
+    ("recent", "kept"), [(0.0, [0, 1, 2, 3]), (0.5, [0, 2, 6, 7]), (0.75, [0, 5, 6, 7]), (0.99, [0, 5, 6, 7])]
+)
+def test_h2o_spends_a_share_on_the_latest_and_the_rest_on_heavy_hitters(recent, kept):
+    method = make("h2o", recent=recent)
+    kv = random_layer(method, [8], [4], heads=2, kv_heads=1)
+    mass = torch.tensor([[[9.0, 3, 7, 4, 1, 0, 0, 0], [9.0, 5, 2, 3, 1, 0, 0, 0]]])
+    assert kept_by(method, replace(kv, attention_mass=mass)) == [[kept]]
+
+
+def test_expected_attention_is_the_mean_of_a_log_normal_over_rotated_queries():
+    """Against the definition written out: one rotation matrix per future position, one head at a time."""
+    method, length, size = make("expected_attention", n_future=20), 50, 16
+    kv = random_layer(method, [length], [20], heads=6, kv_heads=2, size=size)
+    rotation = torch.zeros(size, size, dtype=torch.float64)
+    for position in range(length, length + 20):
+        for i, angle in enumerate(position * kv.inv_freq.double()):
+            block = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+            pair = torch.tensor([i, i + size // 2])
+            rotation[pair[:, None], pair] += block / 20
+    for kv_head in range(2):
+        keys, values = kv.keys[0, kv_head, 4:].double(), kv.values[0, kv_head, 4:].double()
+        weights = torch.zeros(length - 4, dtype=torch.float64)
+        for head in range(3 * kv_head, 3 * kv_head + 3):
+            mean = rotation @ kv.query_mean[0, head].double()
+            cov = rotation @ kv.query_cov[0, head].double() @ rotation.T
+            logit = keys @ mean / size**0.5 + torch.einsum("ti,ij,tj->t", keys, cov, keys) / (2 * size)
+            weights += logit.exp() / logit.exp().sum() / 3
+        expected = weights * values.norm(dim=-1)
+        torch.testing.assert_close(method.score(kv)[0, kv_head, 4:], expected.float(), rtol=1e-3, atol=1e-7)

@@ -33,6 +33,13 @@ def test_parameters_reach_the_method():
     assert (method.window, method.kernel, method.n_sink) == (32, 7, 0)
 
 
+def test_the_leaderboard_variant_differs_in_epsilon_alone():
+    plain = create(CompressionConfig(method="expected_attention", params={"epsilon": 1e-2}))
+    named = create(CompressionConfig(method="expected_attention_eps"))
+    assert vars(plain) == vars(named)
+    assert create(CompressionConfig(method="expected_attention")).epsilon == 0
+
+
 def test_an_unknown_method_names_its_neighbour():
     with pytest.raises(UnknownName, match=r"'snapvk'\. Did you mean 'snapkv'"):
         create(CompressionConfig(method="snapvk"))
@@ -55,10 +62,15 @@ def test_an_unknown_parameter_names_its_neighbour_and_the_method():
         ("snapkv", {"kernel": 4}),
         ("random", {"seed": -1}),
         ("random", {"seed": True}),
+        ("h2o", {"recent": 1.0}),
+        ("h2o", {"recent": "half"}),
+        ("expected_attention", {"n_future": 0}),
+        ("expected_attention", {"epsilon": -1e-2}),
+        ("expected_attention_eps", {"epsilon": float("nan")}),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_by_name(name, params):
-    with pytest.raises(ConfigError, match=f"{next(iter(params))} is .*; allowed is an"):
+    with pytest.raises(ConfigError, match=f"{next(iter(params))} is .*; allowed is a"):
         create(CompressionConfig(method=name, params=params))
 
 

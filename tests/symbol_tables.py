@@ -20,9 +20,14 @@ from fastcache.device.shim_symbols import BLAS_HANDLE, CHECKS, ONE_WAY, SPELLING
 RECORDED = Path(__file__).parent / "data" / "shim_symbols.json"
 SGL = {"0.3.21": "sgl-kernel", "0.4.2": "sglang-kernel", "0.4.10": "sglang-kernel"}
 TORCH = ("2.9.1", "2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1")
-LIBRARIES = {"spatial_ops": "sgl_kernel/spatial_ops.abi3.so", "common_ops": "sgl_kernel/sm90/common_ops.abi3.so"}
+LIBRARIES = {
+    "spatial_ops": "sgl_kernel/spatial_ops.abi3.so",
+    "common_ops": "sgl_kernel/sm90/common_ops.abi3.so",
+}
 OF_TORCH = re.compile(r"^_Z.*(?<![0-9])(?:3c10|2at|5torch|6caffe2)")
-TORCH_LIBRARY = re.compile(r"torch/lib/lib(c10|c10_cuda|torch|torch_cpu|torch_cuda|torch_cuda_linalg|torch_python)\.so")
+TORCH_LIBRARY = re.compile(
+    r"torch/lib/lib(c10|c10_cuda|torch|torch_cpu|torch_cuda|torch_cuda_linalg|torch_python)\.so"
+)
 TAG_HEADER = re.compile(r"enum class Tag \{(.*?)\}", re.S)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
 # Names a forwarder may call: whether a torch exports them must be recorded too.
@@ -54,16 +59,20 @@ def sgl_undefined(version: str) -> dict[str, list[str]]:
 def torch_facts(version: str, wanted: set[str]) -> dict[str, list[str]]:
     """Which of `wanted` this torch does not export, and its operator tags in order."""
     exported, tags = set(), []
-    with tempfile.TemporaryDirectory() as name:
-        with zipfile.ZipFile(download(f"torch=={version}", Path(name))) as wheel:
-            for member in wheel.namelist():
-                if TORCH_LIBRARY.fullmatch(member):
-                    library = Path(wheel.extract(member, name))
-                    exported |= elf.read(library).exported
-                    library.unlink()
-                elif member.endswith("core/enum_tag.h") and (found := TAG_HEADER.search(wheel.read(member).decode())):
-                    listed = [tag.strip() for tag in found[1].split(",") if tag.strip()]
-                    tags = tags if any("$" in tag or "/" in tag for tag in listed) else listed
+    with (
+        tempfile.TemporaryDirectory() as name,
+        zipfile.ZipFile(download(f"torch=={version}", Path(name))) as wheel,
+    ):
+        for member in wheel.namelist():
+            if TORCH_LIBRARY.fullmatch(member):
+                library = Path(wheel.extract(member, name))
+                exported |= elf.read(library).exported
+                library.unlink()
+            elif member.endswith("core/enum_tag.h") and (
+                found := TAG_HEADER.search(wheel.read(member).decode())
+            ):
+                listed = [tag.strip() for tag in found[1].split(",") if tag.strip()]
+                tags = tags if any("$" in tag or "/" in tag for tag in listed) else listed
     return {"absent": sorted(wanted - exported), "tags": tags}
 
 

@@ -35,7 +35,7 @@ PROVIDERS: tuple[Provider, ...] = (
     torch_green.PROVIDER,
 )
 PLAIN = "plain_streams"
-OFF = "off"
+OFF = "none"
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,10 @@ def _fall_back(
     logger.warning("green contexts are not available: %s", reason)
     main, compress = _plain_streams(index) if index is not None else (None, None)
     requested = {"main": split.requested_main, "compress": split.requested_compress} if split else None
-    plain = {"provider": PLAIN, "ok": index is not None, "kind": None, "cause": None}
-    if index is None:
-        plain |= {"kind": attempts[-1]["kind"], "cause": attempts[-1]["cause"]}
-    return Partition(
-        main, compress, PLAIN, False, False, True, reason, requested, None, (*attempts, plain), "none"
-    )
+    provider = PLAIN if index is not None else OFF
+    if index is not None:
+        attempts = (*attempts, {"provider": PLAIN, "ok": True, "kind": None, "cause": None})
+    return Partition(main, compress, provider, False, False, True, reason, requested, None, attempts)
 
 
 def _causes(attempts: Sequence[dict[str, Any]]) -> str:
@@ -206,13 +204,10 @@ def _no_gpu(index: int | None) -> dict[str, str] | None:
     """None when there is a CUDA device, else {kind, cause}."""
     import torch
 
-    if index is None and torch.version.cuda is None:
-        return {
-            "kind": "cpu_torch",
-            "cause": f"torch {torch.__version__} is a CPU build and the device is a CPU",
-        }
     if index is None:
-        return {"kind": "no_gpu", "cause": "the device is a CPU, which has no SMs to split"}
+        build = f" (torch {torch.__version__} is a CPU build)" if torch.version.cuda is None else ""
+        kind = "cpu_torch" if build else "no_gpu"
+        return {"kind": kind, "cause": f"the device is a CPU, which has no SMs to split{build}"}
     if not torch.cuda.is_available():
         return {"kind": "no_gpu", "cause": "no CUDA device is visible to torch"}
     return None

@@ -1,10 +1,10 @@
-"""The shim: a C++ library built from the symbols an installed sgl_kernel lacks in this torch, and no others.
+"""Build the C++ library that lets an installed sgl_kernel load beside this torch, if it needs one.
+
+The shim is made from the symbols the wheel lacks, and no others.
 
 `shim_plan` decides from symbol tables; `build` compiles. The result is keyed by versions, library hashes, symbol
 list and forwarder source, so a new torch or wheel never meets an old shim. A symbol that cannot be forwarded
 correctly is refused with its reason (see `shim_symbols`), never replaced by a constant.
-
-`python -m fastcache.device.shim --output shim.json` is what the workflow's rule runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from fastcache.errors import OutputPathError, UnsupportedCombination, UserError
 
 NAME = "sgl_kernel_shim.so"
 COMPILERS = ("c++", "g++", "clang++")
+# Only the forwarders may be visible: anything else in a preloaded library meets the whole process.
+HIDDEN = ("-fvisibility=hidden", "-fvisibility-inlines-hidden")
 COMPILE_TIMEOUT_S = 120
 
 
@@ -82,7 +84,18 @@ def build(shim_plan: ShimPlan, folder: Path | None = None) -> Path:
 
 def compile_shim(command: str, source: Path, target: Path) -> None:
     """One compiler call: include and library paths come from torch; --as-needed keeps torch out of LD_PRELOAD."""
-    line = [command, "-shared", "-fPIC", "-O2", "-std=c++17", str(source), "-o", str(target), *torch_flags()]
+    line = [
+        command,
+        "-shared",
+        "-fPIC",
+        "-O2",
+        "-std=c++17",
+        *HIDDEN,
+        str(source),
+        "-o",
+        str(target),
+        *torch_flags(),
+    ]
     try:
         done = subprocess.run(line, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -142,19 +155,16 @@ def _capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the workflow's rule. Returns 0 (not needed, built) or 1 (refused, cannot be built)."""
-    parser = argparse.ArgumentParser(prog="python -m fastcache.device.shim", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="JSON record to write")
-    options = parser.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="SHIM.json", help="the record to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`fastcache shim`: 0 when a shim was built or none is needed, 1 when sgl_kernel cannot be made to load."""
     try:
-        record = make(options.output)
-    except UserError as error:
-        sys.stderr.write(f"build_shim: {error}\n")
+        record = make(args.output)
+    except (ShimError, UnsupportedCombination) as error:
+        sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(f"shim: {record['status']}: {record['reason']}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

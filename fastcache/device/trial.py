@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 OPERATOR = "create_greenctx_stream_by_value"
 TIMEOUT_S = 180
 LOADED = "fastcache-trial: loaded"
+TELLING = re.compile(r"([\w.]+(Error|Exception)\b.*:)|what\(\):|terminate called|.*symbol lookup error")
 
 LOAD_SPATIAL = f"""
 import ctypes, sys, torch
@@ -91,6 +93,7 @@ def _ending(code: int) -> str:
 
 
 def _last_words(text: str) -> str:
+    """The lines that name a cause: exceptions, C++ terminations, the loader's own complaints."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or "what():" in line or "terminate called" in line]
-    return " | ".join((telling or lines or ["no output"])[-2:])
+    telling = [line for line in lines if TELLING.match(line)]
+    return " | ".join(dict.fromkeys(telling)) or (lines or ["no output"])[-1]

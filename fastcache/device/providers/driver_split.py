@@ -150,8 +150,9 @@ def _call(cu: Any, name: str, *arguments: Any) -> Any:
     try:
         status, *results = function(*arguments)
     except RuntimeError as error:
-        # cuda-bindings raises RuntimeError subclasses for a missing driver and a function the driver lacks.
-        kind = "no_driver" if type(error).__name__ == "DynamicLibNotFoundError" else "too_old"
+        # cuda-bindings raises RuntimeError, or a subclass, for a missing driver and for a missing function.
+        missing = "dlopen" in str(error) or type(error).__name__ == "DynamicLibNotFoundError"
+        kind = "no_driver" if missing else "too_old"
         raise ProviderError(kind, f"{name}: {type(error).__name__}: {error}") from error
     if int(status) != 0:
         raise ProviderError("driver_error", f"{name} failed with {getattr(status, 'name', status)}")

@@ -19,6 +19,7 @@ from fastcache.errors import ConfigError, UnknownName, UserError
 COMMANDS = {
     "bench": ("fastcache.cli_bench", "measure a matrix of cells and write one JSON list of rows"),
     "cell": ("fastcache.cli_cell", "measure one cell described by a JSON file and write its row"),
+    "doctor": ("fastcache.device.doctor", "say what this machine can run, and what is missing"),
     "generate": ("fastcache.cli_generate", "continue prompts with a model, with or without compression"),
 }
 USER_MISTAKE, INTERRUPTED = 2, 128 + signal.SIGINT

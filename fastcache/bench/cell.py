@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from fastcache.bench.row import blank_row, failure, write_json
 from fastcache.bench.supervise import die_with_parent
 from fastcache.bench.workload import Batch, make_plan, shareable_tokens
 from fastcache.config import CompressionConfig, PartitionConfig, SamplingParams, ratio_of_factor
-from fastcache.device.info import device_info, peak_memory_bytes
+from fastcache.device.info import OtherLoad, device_info, peak_memory_bytes
 from fastcache.errors import (
     DeviceOutOfMemory,
     OutOfPages,
@@ -34,6 +35,7 @@ from fastcache.errors import (
 log = logging.getLogger(__name__)
 
 WARMUP_TOKENS = 16  # enough decode steps to compile, capture and touch every buffer
+BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times
 PARTITION_FIELDS = (
     "greenctx_available",
     "greenctx_reason",
@@ -80,7 +82,9 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
         )
         for batches in plan.rounds[: cell.warmup]:
             run_batch(llm, batches[0], WARMUP_TOKENS)
+        others = OtherLoad()
         timed = [run_round(llm, batches) for batches in plan.rounds[cell.warmup :]]
+        busy = others.cores()
         memory = peak_memory_bytes(facts["device"])
     finally:
         llm.close()
@@ -93,7 +97,7 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
         "peak_memory_bytes": memory,
         "shareable_prefix_tokens": shareable_tokens(prompts, cell.page_size),
     }
-    row["notes"] = plan.notes + notes(cell, row)
+    row["notes"] = plan.notes + notes(cell, row) + busy_host(row["device"], busy)
 
 
 def engine_options(cell: CellConfig) -> dict[str, Any]:
@@ -199,6 +203,16 @@ def notes(cell: CellConfig, row: dict[str, Any]) -> list[str]:
             f"{row['prefix_hit_tokens']} prompt tokens came from the prefix cache and were not computed"
         )
     return said
+
+
+def busy_host(device: dict[str, Any], busy: float) -> list[str]:
+    """Only a CPU run shares its device with whatever else the machine does."""
+    threads = os.cpu_count() or 1
+    if device["kind"] != "cpu" or busy < BUSY_SHARE * threads:
+        return []
+    return [
+        f"other processes kept {busy:.1f} of {threads} CPU threads busy meanwhile: its times are too long"
+    ]
 
 
 def classify(error: BaseException) -> str:

@@ -21,8 +21,7 @@ UNMEASURED = (
     "bench/resume.py",
     "bench/supervise.py",
     "bench/table.py",
-    "device/doctor.py",
-    "device/shim*",
+    "device/doctor*.py",
     "models/fetch.py",
     "models/gguf*.py",
 )

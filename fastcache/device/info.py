@@ -11,6 +11,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,24 @@ def peak_memory_bytes(device: str) -> int:
         return torch.cuda.max_memory_allocated(torch.device(device))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage speaks bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class OtherLoad:
+    """How busy everybody else keeps the host's CPUs, from its creation on. A CPU measurement depends on it."""
+
+    def __init__(self) -> None:
+        self._start = self._clocks()
+
+    def cores(self) -> float:
+        """Mean number of CPU threads that other processes used since then."""
+        wall, busy, own = (now - then for now, then in zip(self._clocks(), self._start, strict=True))
+        return max(0.0, busy - own) / wall if wall > 0 else 0.0
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float]:
+        every = psutil.cpu_times()
+        idle = every.idle + getattr(every, "iowait", 0.0)
+        return time.monotonic(), sum(every) - idle, time.process_time()
 
 
 def cpu_model() -> str:

@@ -16,13 +16,14 @@ from conftest import ROOT
 from jsonschema import Draft202012Validator
 from rows import row as factory_row
 
-from fastcache.bench.cell import classify, engine_options, measure_cell
+from fastcache.bench.cell import busy_host, classify, engine_options, measure_cell
 from fastcache.bench.matrix import VARIANTS, CellConfig
 from fastcache.bench.provenance import PACKAGE, git_commit, measured_files, source_digest
 from fastcache.bench.row import blank_row
 from fastcache.bench.supervise import PARENT_VARIABLE, how_it_died, run_cell
 from fastcache.config import EngineConfig
 from fastcache.core import EngineStats, RequestMetrics, RequestOutput
+from fastcache.device.info import OtherLoad
 from fastcache.errors import DeviceOutOfMemory, OutOfPages, UnsupportedArchitecture, UnsupportedCombination
 
 VALIDATOR = Draft202012Validator(yaml.safe_load((ROOT / "workflow/schemas/row.schema.yaml").read_text()))
@@ -231,6 +232,20 @@ def test_every_error_has_a_status_and_a_valid_row(error, status):
     assert (
         row["status"] == status and row["error"]["type"] == type(error).__name__ and row["error"]["message"]
     )
+
+
+def test_a_busy_host_is_noted_where_it_matters():
+    assert busy_host({"kind": "cpu"}, 0.0) == [] == busy_host({"kind": "cuda"}, 1e3)
+    assert "CPU threads busy" in busy_host({"kind": "cpu"}, 1e3)[0]
+
+
+def test_the_load_of_others_leaves_out_our_own(monkeypatch):
+    clocks = iter([(10.0, 100.0, 5.0), (14.0, 112.0, 9.0), (12.0, 101.0, 7.0), (10.0, 100.0, 5.0)])
+    monkeypatch.setattr(OtherLoad, "_clocks", staticmethod(lambda: next(clocks)))
+    load = OtherLoad()
+    assert load.cores() == 2  # 12 busy seconds in 4, of which 4 were ours
+    assert load.cores() == 0  # the system's clock is coarse: it may have seen less than we used
+    assert load.cores() == 0  # no time has passed
 
 
 def test_blank_and_factory_rows_have_the_same_keys():

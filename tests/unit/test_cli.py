@@ -14,10 +14,10 @@ from jsonschema import Draft202012Validator
 from rows import failed_row, row
 
 from fastcache import __version__, cli_bench
-from fastcache.bench.matrix import CellConfig, expand
+from fastcache.bench.matrix import VARIANTS, CellConfig, expand
 from fastcache.bench.provenance import source_digest
 from fastcache.cli import COMMANDS, Parser, main
-from fastcache.cli_bench import add_arguments, matrix_config
+from fastcache.cli_matrix import add_arguments, matrix_config
 
 VALIDATOR = Draft202012Validator(yaml.safe_load((ROOT / "workflow/schemas/row.schema.yaml").read_text()))
 GUIDE_FLAGS = (
@@ -101,7 +101,7 @@ def test_defaults_are_the_guides_and_no_path_is():
     cells = expand(config).cells
     assert {c.batch_size for c in cells if c.model == "qwen3-8b"} == {16, 64}
     assert {c.greenctx_compress_ratio for c in cells} == {None, 0.25}
-    assert {c.variant for c in cells} == {"baseline", *cli_bench.VARIANTS}
+    assert {c.variant for c in cells} == {"baseline", *VARIANTS}
     defaults = vars(parse(""))
     paths = [v for k, v in defaults.items() if k.startswith("path_")] + [defaults["dataset_dir"]]
     assert len(paths) == 5 and not any(paths)

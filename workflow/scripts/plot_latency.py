@@ -22,7 +22,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             plotting.draw_points(axes[i][j], part, series, settings, "low", "high")
             axes[i][j].set_title(f"{title}\n{panel}")
             axes[i][j].set_ylabel(unit)
-            axes[i][j].set_ylim(bottom=0)
+            axes[i][j].set_ylim(0, axes[i][j].get_ylim()[1] * 1.05)
     plotting.legend(fig, series, settings)
     columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
     points = cells[[*columns, "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"]]

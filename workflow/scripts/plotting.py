@@ -107,7 +107,7 @@ def theme() -> None:
     plt.rcParams.update(
         {
             "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
-            "font.family": ["DejaVu Sans", "Verdana", "sans-serif"],
+            "font.family": ["DejaVu Sans"],
             "font.size": 9,
             "axes.titlesize": 9,
             "axes.titleweight": "bold",

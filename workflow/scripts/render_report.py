@@ -43,6 +43,7 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
         "repeats": distinct(row["cell"]["repeats"] for row in rows),
         "warmup": distinct(row["cell"]["warmup"] for row in rows),
         "seeds": distinct(row["seed"] for row in rows),
+        "longest_prompt": max((row["context_used"] for row in rows if row["context_used"]), default=None),
         "first": started[0] if started else None,
         "last": started[-1] if started else None,
         "notes": Counter(note for row in rows for note in row["notes"]).most_common(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config_check import WORKFLOW_KEYS
 
-from fastcache.bench.matrix import as_dicts, expand
+from fastcache.bench.matrix import expand
 
 
 def main() -> None:
@@ -21,7 +21,9 @@ def main() -> None:
     plan = {
         "config": args.config,
         "cells": {cell.id: cell.to_dict() for cell in expansion.cells},
-        "excluded": as_dicts(expansion),
+        "excluded": [
+            {"cell": e.cell.to_dict(), "rule": e.rule, "reason": e.reason} for e in expansion.excluded
+        ],
     }
     part = args.output.with_suffix(".part")
     part.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")

@@ -105,12 +105,15 @@ def test_observed_attention_counts_per_query_that_could_look():
 
 
 @pytest.mark.parametrize(
-    ("recent", "kept"), [(0.0, [0, 1, 2, 3]), (0.5, [0, 2, 6, 7]), (0.75, [0, 5, 6, 7]), (0.99, [0, 5, 6, 7])]
+    ("params", "kept"),
+    [({"recent": 0.0}, [0, 1, 2, 3]), ({}, [0, 2, 6, 7]), ({"recent": 0.75}, [0, 5, 6, 7])],
 )
-def test_h2o_spends_a_share_on_the_latest_and_the_rest_on_heavy_hitters(recent, kept):
-    method = make("h2o", recent=recent)
+def test_h2o_spends_a_share_on_the_latest_and_the_rest_on_heavy_hitters(params, kept):
+    method = make("h2o", **params)
     kv = random_layer(method, [8], [4], heads=2, kv_heads=1)
-    mass = torch.tensor([[[9.0, 3, 7, 4, 1, 0, 0, 0], [9.0, 5, 2, 3, 1, 0, 0, 0]]])
+    mass = torch.tensor(
+        [[[9.0, 8, 5, 4, 1, 0, 0, 0], [9.0, 1, 5, 3, 1, 0, 0, 0]]]
+    )  # means 9, 4.5, 5, 3.5, ...
     assert kept_by(method, replace(kv, attention_mass=mass)) == [[kept]]
 
 

@@ -47,6 +47,15 @@ def test_a_sequence_keeps_the_same_entries_alone_and_in_a_padded_batch(method, r
     assert together == alone
 
 
+def test_scores_are_minus_infinity_on_padding_and_infinite_within_the_budget(method):
+    method = create(CompressionConfig(method=method.name, params={"n_sink": 4}))
+    kv = random_layer(method, LENGTHS, [1, 3, 80])
+    scores = method.score(kv)
+    for row, length, kept in zip(scores, LENGTHS, (1, 3, 80), strict=True):
+        assert row[:, length:].isneginf().all() and not row[:, :length].isneginf().any()
+        assert (row.isposinf().sum(-1) <= kept).all()
+
+
 def test_padding_never_matters(method):
     budgets = [budget(n, 0.5) for n in LENGTHS]
     sets = [

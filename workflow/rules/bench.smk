@@ -2,19 +2,10 @@
 # No `retries`: they would hide that a measurement is flaky.
 
 
-def model_files(wildcards):
-    """What a cell reads: the model the workflow makes, or a folder that has to be there already."""
-    path = CELLS[wildcards.cell].model_path
-    if path is None:
-        return []
-    if path == str(Path(rules.get_smollm2.output.weights).parent):
-        return [rules.get_smollm2.output.weights]
-    return [f"{path}/config.json"]
-
-
 rule measure_cell:
     input:
         model=model_files,
+        script=ancient(script("measure_cell.py")),  # ancient: it measures nothing itself
     output:
         "results/cells/{cell}.json",
     log:
@@ -34,8 +25,9 @@ rule measure_cell:
         ),
         digest=source_digest(),  # edited engine: measure again; edited plot: do not
         command="fastcache cell",
+        plan="results/plan/{cell}.json",
     message:
         "Measuring {wildcards.cell}"
     shell:
-        "exec python {SCRIPTS}/measure_cell.py --cell {params.cell:q} --row {output}"
-        " --plan results/plan/{wildcards.cell}.json --log {log} -- {params.command}"
+        "exec python {input.script} --cell {params.cell:q} --row {output}"
+        " --plan {params.plan} --log {log} -- {params.command}"

@@ -1,5 +1,6 @@
 # The config becomes cells, and names that several rules need. Nothing here measures or draws.
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -8,10 +9,9 @@ from fastcache.bench.provenance import source_digest
 from fastcache.errors import UserError
 from workflow.scripts.config_check import check_config
 
-WORKFLOW = Path(workflow.basedir) / "workflow"
-SCRIPTS = WORKFLOW / "scripts"
-SCHEMAS = WORKFLOW / "schemas"
-REPORT = Path(workflow.basedir) / "report"
+# Relative, so that a checkout that moves takes its results' provenance with it.
+BASE = Path(os.path.relpath(workflow.basedir))
+SCHEMAS = BASE / "workflow" / "schemas"
 FIGURES = ("throughput", "latency", "kv_memory", "agreement")
 
 try:
@@ -50,4 +50,27 @@ def plan_of(wildcards):
 
 def script(name):
     """A script as an input, so that editing it makes its outputs anew."""
-    return str(SCRIPTS / name)
+    return str(BASE / "workflow" / "scripts" / name)
+
+
+def model_files(wildcards):
+    """What a cell reads: the model the workflow makes, or a folder that has to be there already."""
+    path = CELLS[wildcards.cell].model_path
+    if path is None:
+        return []
+    if path == str(Path(rules.get_smollm2.output.weights).parent):
+        return [rules.get_smollm2.output.weights]
+    return [f"{path}/config.json"]
+
+
+def recorded_report(wildcards):
+    """The report of the published rows that the config names."""
+    published = sorted(
+        path.parent.name for path in Path("results/published").glob("*/rows.jsonl")
+    )
+    if config.get("recorded") not in published:
+        raise ValueError(
+            f"recorded is {config.get('recorded')!r}; published are: {', '.join(published) or 'none yet'}. "
+            "Choose one with --config recorded=NAME."
+        )
+    return f"results/recorded/{config['recorded']}/report.html"

@@ -11,7 +11,7 @@ rule render_report:
         ),
         script=script("render_report.py"),
         findings=[script("findings.py"), script("discussion.py")],
-        templates=[str(path) for path in sorted(REPORT.rglob("*.*"))],
+        templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],
     output:
         report(
             "{results}/report.html",
@@ -25,29 +25,17 @@ rule render_report:
         "../../envs/cpu.yaml"
     params:
         plan=lambda wildcards, input: f"--plan {input.plan}" if input.plan else "",
+        templates=lambda wildcards, input: os.path.commonpath(input.templates),
     message:
         "Writing {output}"
     shell:
         "python {input.script} --rows {input.rows} --status {input.status} {params.plan}"
-        " --figures {wildcards.results}/figures --templates {REPORT} --output {output} 2> {log}"
+        " --figures {wildcards.results}/figures --templates {params.templates} --output {output} 2> {log}"
 
 
 rule report:
     input:
         "results/report.html",
-
-
-def recorded_report(wildcards):
-    """The report of the published rows that the config names."""
-    published = sorted(
-        path.parent.name for path in Path("results/published").glob("*/rows.jsonl")
-    )
-    if config.get("recorded") not in published:
-        raise ValueError(
-            f"recorded is {config.get('recorded')!r}; published are: {', '.join(published) or 'none yet'}. "
-            "Choose one with --config recorded=NAME."
-        )
-    return f"results/recorded/{config['recorded']}/report.html"
 
 
 rule recorded:

@@ -3,6 +3,8 @@
 
 
 rule write_plan:
+    input:
+        script=script("write_plan.py"),
     output:
         plan="results/plan.json",
     log:
@@ -14,13 +16,15 @@ rule write_plan:
     message:
         "Writing what this config asks for to {output.plan}"
     shell:
-        "python {SCRIPTS}/write_plan.py --config {params.config:q} --output {output.plan} 2> {log}"
+        "python {input.script} --config {params.config:q} --output {output.plan} 2> {log}"
 
 
 rule make_table:
     input:
         rows=rows_of,
         plan=plan_of,
+        script=script("make_table.py"),
+        schema=str(SCHEMAS / "row.schema.yaml"),
     output:
         rows="{results}/rows.jsonl",
         table="{results}/table.csv",
@@ -36,11 +40,10 @@ rule make_table:
             else rows_of(wildcards)[0]
         ),
         plan=lambda wildcards, input: f"--plan {input.plan}" if input.plan else "",
-        schema=lambda wildcards: SCHEMAS / "row.schema.yaml",
     message:
         "Checking the rows and computing speed-ups and agreement"
     shell:
-        "python {SCRIPTS}/make_table.py --source {params.source} {params.plan} --schema {SCHEMAS}/row.schema.yaml"
+        "python {input.script} --source {params.source} {params.plan} --schema {input.schema}"
         " --rows {output.rows} --table {output.table} --status {output.status} 2> {log}"
 
 
@@ -48,6 +51,7 @@ rule gate:
     input:
         status="results/status.json",
         report="results/report.html",
+        script=script("gate.py"),
     output:
         "results/gate.txt",
     log:
@@ -57,4 +61,4 @@ rule gate:
     message:
         "Judging the run: every cell ok, or expected not to be?"
     shell:
-        "python {SCRIPTS}/gate.py --status {input.status} --output {output} 2>&1 | tee {log}"
+        "python {input.script} --status {input.status} --output {output} 2>&1 | tee {log}"

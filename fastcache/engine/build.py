@@ -12,6 +12,7 @@ import torch
 
 from fastcache.attention.base import HeadShape
 from fastcache.attention.select import select_backend
+from fastcache.compression.base import budget
 from fastcache.compression.registry import create
 from fastcache.config import PREFILL_TOKENS, EngineConfig
 from fastcache.core import EngineStats
@@ -160,7 +161,11 @@ def _num_pages(config: EngineConfig, shape: KVShape, max_model_len: int, device:
         return config.num_pages
     page_bytes = shape.bytes_per_token * config.page_size
     if device.type == "cpu":
-        useful = config.max_num_seqs * pages_for(max_model_len, config.page_size) + 1
+        per_sequence = pages_for(max_model_len, config.page_size)
+        if config.compression is not None:  # the full cache and the kept copy stand side by side for a moment
+            kept = budget(max_model_len, config.compression.compression_ratio)
+            per_sequence += pages_for(kept, config.page_size)
+        useful = config.max_num_seqs * per_sequence + 1
         affordable = int(psutil.virtual_memory().available * CPU_POOL_SHARE) // page_bytes
     else:
         free, total = torch.cuda.mem_get_info(device)

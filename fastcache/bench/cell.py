@@ -34,7 +34,10 @@ from fastcache.errors import (
 
 log = logging.getLogger(__name__)
 
-WARMUP_TOKENS = 16  # enough decode steps to compile, capture and touch every buffer
+# A GPU compiles, captures and grows its allocations with every new length, so it warms up on a whole batch: on an
+# H100 the first round of that length ran at half the speed of the second. A CPU has nothing of the kind.
+CPU_WARMUP_TOKENS = 16
+NOISY_SPREAD = 0.1
 BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times
 PARTITION_FIELDS = (
     "greenctx_available",
@@ -81,7 +84,7 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
             facts["max_model_len"],
         )
         for batches in plan.rounds[: cell.warmup]:
-            run_batch(llm, batches[0], WARMUP_TOKENS)
+            run_batch(llm, batches[0], CPU_WARMUP_TOKENS if row["device"]["kind"] == "cpu" else None)
         others = OtherLoad()
         timed = [run_round(llm, batches) for batches in plan.rounds[cell.warmup :]]
         busy = others.cores()
@@ -198,6 +201,8 @@ def notes(cell: CellConfig, row: dict[str, Any]) -> list[str]:
         said.append(f"{row['uncompressed_requests']} requests were not compressed: too short for the method")
     if row["weights"]["kind"] == "dummy":
         said.append("weights are seeded random numbers: speed is meaningful, text is not")
+    if row["repeats"]["spread"] > NOISY_SPREAD:
+        said.append(f"noisy: the repeats differ by {row['repeats']['spread']:.0%} of their median")
     if row["prefix_hit_tokens"]:
         said.append(
             f"{row['prefix_hit_tokens']} prompt tokens came from the prefix cache and were not computed"

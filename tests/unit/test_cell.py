@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from conftest import ROOT
 from jsonschema import Draft202012Validator
 from rows import row as factory_row
 
+from fastcache.bench import cell as cell_module
 from fastcache.bench.cell import busy_host, classify, engine_options, measure_cell
 from fastcache.bench.matrix import VARIANTS, CellConfig
 from fastcache.bench.provenance import PACKAGE, git_commit, measured_files, source_digest
@@ -150,6 +152,27 @@ def test_batch_size_is_the_concurrency_and_warm_up_is_short_and_not_counted():
     assert all(p.ignore_eos and p.greedy for _, params in llm.batches for p in params)
     assert row["prompt_tokens"] == 2 * 3 * 40 and row["output_tokens"] == 2 * 3 * 30
     assert len(row["repeats"]["values"]) == 2 and llm.resets == 2
+
+
+def test_a_gpu_warms_up_on_a_whole_batch(monkeypatch):
+    monkeypatch.setattr(cell_module, "device_info", lambda name: {"kind": "cuda", "name": name})
+    monkeypatch.setattr(cell_module, "peak_memory_bytes", lambda name: 1)
+    workload = {"name": "synthetic-long", "context": 40, "output": 30, "num_batches": 2}
+    _, llm = measured(cell(workload=workload), facts={"device": "cuda:0"})
+    assert [params[0].max_tokens for _, params in llm.batches] == [30] * 5
+
+
+@pytest.mark.parametrize("seconds, noisy", [([1.0, 1.05], False), ([1.0, 1.5], True)])
+def test_repeats_that_differ_much_are_noted(monkeypatch, seconds, noisy):
+    rounds = iter(seconds)
+    real = cell_module.run_round
+
+    def run_round(llm, batches):
+        return dataclasses.replace(real(llm, batches), elapsed_s=next(rounds))
+
+    monkeypatch.setattr(cell_module, "run_round", run_round)
+    row, _ = measured(cell())
+    assert any(note.startswith("noisy") for note in row["notes"]) == noisy
 
 
 def test_no_prompt_is_ever_sent_twice_and_every_variant_gets_the_same():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,13 @@ static std::vector<int64_t> create(int64_t a, int64_t b, int64_t device) {
 TORCH_LIBRARY_FRAGMENT(sgl_kernel, m) {
   m.def("create_greenctx_stream_by_value(int smA, int smB, int device) -> int[]");
   m.impl("create_greenctx_stream_by_value", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(create));
+}
+// An empty Python module, without Python's headers: head, init, index, copy, then name, doc, size and five tables.
+struct ModuleDef { void *head[2], *init, *index, *copy; const char *name, *doc; long size; void* tables[5]; };
+static ModuleDef definition = {{(void*)1, nullptr}, nullptr, nullptr, nullptr, "spatial_ops", nullptr, -1, {}};
+extern "C" void* PyModule_Create2(ModuleDef*, int);
+extern "C" __attribute__((visibility("default"))) void* PyInit_spatial_ops() {
+  return PyModule_Create2(&definition, 3);
 }
 """
 DEF_NEW = (
@@ -80,22 +90,37 @@ def fake_driver(folder: Path) -> Path:
     return compile_c(FAKE_DRIVER, folder / "libcuda.so.1", "-Wextra", "-Wl,-soname,libcuda.so.1")
 
 
-def stand_in(folder: Path, rename: dict[str, str] | None = None) -> Path:
-    """`spatial_ops` for the installed torch. `rename` swaps undefined symbols for others before linking, which
-    makes a library that expects another torch. About six seconds."""
-    import torch
+@cache
+def stand_ins() -> dict[str, Path]:
+    """`spatial_ops` for the installed torch ("fitting") and for one that spells Library::_def otherwise ("foreign").
+    Compiled once a session, about eight seconds; copy before changing."""
+    from fastcache.device import sgl_install
+    from fastcache.device.shim_plan import torch_facts
 
-    root = Path(torch.__file__).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    source, compiled, target = folder / "op.cpp", folder / "op.o", folder / "spatial_ops.abi3.so"
+    libraries = torch_facts().libraries
+    here = DEF_NEW if DEF_NEW in sgl_install.torch_exports(libraries) else DEF_OLD
+    folder = Path(tempfile.mkdtemp(prefix="stand-in-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source, compiled = folder / "op.cpp", folder / "op.o"
     source.write_text(STAND_IN)
-    includes = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+    includes = [
+        libraries.parent / "include",
+        libraries.parent / "include" / "torch" / "csrc" / "api" / "include",
+    ]
     cxx = tool("c++", "g++")
-    _run([cxx, "-std=c++20", "-O0", "-fPIC", "-c", str(source), "-o", str(compiled), *includes])
-    for old, new in (rename or {}).items():
-        _run([tool("objcopy"), f"--redefine-sym={old}={new}", str(compiled)])
-    _run([cxx, "-shared", str(compiled), "-o", str(target), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"])
-    return target
+    flags = [f"-I{include}" for include in includes]
+    _run([cxx, "-std=c++20", "-O0", "-fPIC", "-c", str(source), "-o", str(compiled), *flags])
+    made = {}
+    for name in ("fitting", "foreign"):
+        if name == "foreign":
+            # Renaming an undefined symbol before linking makes a library that expects another torch.
+            other = DEF_OLD if here == DEF_NEW else DEF_NEW
+            _run([tool("objcopy"), f"--redefine-sym={here}={other}", str(compiled)])
+        made[name] = folder / name / "sgl_kernel" / "spatial_ops.abi3.so"
+        made[name].parent.mkdir(parents=True)
+        links = [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        _run([cxx, "-shared", str(compiled), "-o", str(made[name]), *links])
+    return made
 
 
 def _run(command: list[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from native import DEF_NEW, DEF_OLD, compile_c, compile_cpp, stand_in
+from native import DEF_NEW, DEF_OLD, compile_c, compile_cpp, stand_ins
 
 from fastcache.device import sgl_install, shim, trial
 from fastcache.device.shim_plan import TorchFacts, plan, torch_facts
@@ -34,18 +34,17 @@ def def_here() -> str:
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory, def_here: str) -> sgl_install.SglInstall:
+def foreign() -> sgl_install.SglInstall:
     """A stand-in wheel whose spatial_ops was made for another torch than the installed one."""
-    folder = tmp_path_factory.mktemp("site") / "sgl_kernel"
-    stand_in(folder, {def_here: DEF_OLD if def_here == DEF_NEW else DEF_NEW})
+    folder = stand_ins()["foreign"].parent
     (folder / "version.py").write_text('__version__ = "0.4.2"\n')
     return sgl_install.find([str(folder.parent)])
 
 
 @pytest.fixture(scope="module")
-def fitting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitting() -> Path:
     """spatial_ops made for the installed torch."""
-    return stand_in(tmp_path_factory.mktemp("fitting") / "sgl_kernel")
+    return stand_ins()["fitting"]
 
 
 @pytest.fixture

@@ -21,6 +21,14 @@ COMMANDS = {
     "cell": ("fastcache.cli_cell", "measure one cell described by a JSON file and write its row"),
     "doctor": ("fastcache.device.doctor", "say what this machine can run, and what is missing"),
     "generate": ("fastcache.cli_generate", "continue prompts with a model, with or without compression"),
+    "prove-greenctx": (
+        "fastcache.device.proof",
+        "prove that a split of this GPU's SMs is real, or record why there is none",
+    ),
+    "shim": (
+        "fastcache.device.shim",
+        "build the library that lets an installed sgl_kernel load, if one is needed",
+    ),
 }
 USER_MISTAKE, INTERRUPTED = 2, 128 + signal.SIGINT
 

@@ -1,4 +1,4 @@
-# What this machine is and has. Later the compatibility shim and the proof of the SM partitions join here.
+# What this machine is and has, whether sgl_kernel needs a shim here, and the proof that SM partitions are real.
 
 
 rule inspect_machine:
@@ -17,3 +17,36 @@ rule inspect_machine:
 rule doctor:
     input:
         "results/environment/doctor.txt",
+
+
+# Writes "not needed" with the evidence, or builds sgl_kernel_shim.so beside the record (for LD_PRELOAD), or
+# fails with the list of symbols that cannot be forwarded and the wheel to install instead.
+rule build_shim:
+    output:
+        "results/environment/shim.json",
+    log:
+        "results/logs/build_shim.log",
+    conda:
+        "../../envs/cpu.yaml"
+    message:
+        "Comparing the symbols of sgl_kernel with those of torch"
+    shell:
+        "fastcache shim --output {output} 2> {log}"
+
+
+# A proof that fails is still written: the report shows it, as it shows a cell that failed.
+rule verify_greenctx:
+    input:
+        "results/environment/shim.json",
+    output:
+        "results/environment/greenctx.json",
+    log:
+        "results/logs/verify_greenctx.log",
+    conda:
+        "../../envs/cpu.yaml"
+    resources:
+        gpu=1,
+    message:
+        "Proving that a split of the SMs is real"
+    shell:
+        "fastcache prove-greenctx --output {output} 2> {log} || test -s {output}"

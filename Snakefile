@@ -22,5 +22,19 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
+        rows_of_this_run(),
         "results/report.html",
         "results/gate.txt",
+
+
+# A run that was killed cannot clean up: the next one knows it by this (workflow/scripts/stale_lock.py).
+onstart:
+    stale_lock.remember()
+
+
+onsuccess:
+    stale_lock.forget()
+
+
+onerror:
+    stale_lock.forget()

@@ -24,7 +24,7 @@ rule measure_cell:
             CELLS[wildcards.cell].to_dict(), sort_keys=True
         ),
         digest=source_digest(),  # edited engine: measure again; edited plot: do not
-        command="fastcache cell",
+        command=CELL_COMMAND,
         plan="results/plan/{cell}.json",
     message:
         "Measuring {wildcards.cell}"

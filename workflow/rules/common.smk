@@ -7,11 +7,14 @@ from pathlib import Path
 
 from fastcache.bench.provenance import source_digest
 from fastcache.errors import UserError
+from workflow.scripts import stale_lock
 from workflow.scripts.config_check import check_config
 
 # Relative, so that a checkout that moves takes its results' provenance with it.
 BASE = Path(os.path.relpath(workflow.basedir))
 SCHEMAS = BASE / "workflow" / "schemas"
+# What measures a cell. Set the variable to put something in front: `numactl --membind=0 fastcache cell`.
+CELL_COMMAND = os.environ.get("FASTCACHE_CELL_COMMAND", "fastcache cell")
 FIGURES = ("throughput", "latency", "kv_memory", "agreement")
 
 try:
@@ -21,6 +24,9 @@ try:
     }
 except UserError as error:
     sys.exit(f"Error in the config: {error}")
+
+if stale_lock.clear_if_dead():
+    logger.warning("The last run here was killed; its lock is removed.")
 
 # Jobs find this environment's `python` and `fastcache` without it being activated.
 shell.prefix(
@@ -33,10 +39,15 @@ wildcard_constraints:
     results=r"results(/recorded/[A-Za-z0-9][A-Za-z0-9._-]*)?",
 
 
+def rows_of_this_run():
+    """Targets name the rows themselves: a row that was deleted is made again even if the table is still there."""
+    return expand("results/cells/{cell}.json", cell=CELLS)
+
+
 def rows_of(wildcards):
     """Where a table's rows come from: a file per cell, or one file that the repository holds."""
     if wildcards.results == "results":
-        return expand("results/cells/{cell}.json", cell=CELLS)
+        return rows_of_this_run()
     return [f"results/published/{Path(wildcards.results).name}/rows.jsonl"]
 
 

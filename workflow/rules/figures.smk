@@ -99,4 +99,5 @@ rule plot_agreement:
 
 rule figures:
     input:
+        rows_of_this_run(),
         expand("results/figures/{figure}.{kind}", figure=FIGURES, kind=["svg", "csv"]),

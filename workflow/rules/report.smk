@@ -35,6 +35,7 @@ rule render_report:
 
 rule report:
     input:
+        rows_of_this_run(),
         "results/report.html",
 
 

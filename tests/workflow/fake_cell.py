@@ -1,0 +1,60 @@
+"""Stands in for `fastcache cell`: real supervision around a child that measures nothing, or ends badly on purpose.
+
+    fake_cell.py PLAN --output ROW
+
+FAKE_FAULTS is a JSON mapping from a part of a cell id to what happens to that cell; every start is noted in
+`measured.txt` in the working directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from fastcache.bench.matrix import CellConfig
+from fastcache.bench.provenance import source_digest
+from fastcache.bench.row import write_json
+from fastcache.bench.supervise import die_with_parent, run_cell
+
+
+def fault_of(cell: CellConfig) -> str:
+    faults = json.loads(os.environ.get("FAKE_FAULTS", "{}"))
+    return next((fault for part, fault in faults.items() if part in cell.id), "none")
+
+
+def supervise(plan: Path, target: Path) -> int:
+    cell = CellConfig.from_dict(json.loads(plan.read_text(encoding="utf-8")))
+    with Path("measured.txt").open("a", encoding="utf-8") as note:
+        note.write(cell.id + "\n")
+    fault = fault_of(cell)
+    if fault == "user-error":
+        sys.stderr.write("compression_factor is 0; allowed is a number above 1.\n")
+        return 2
+    if fault == "supervisor-killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_json(target, run_cell(cell, (sys.executable, __file__)))
+    return 0
+
+
+def measure(source: Path, target: Path) -> None:
+    from rows import failed_row, row
+
+    die_with_parent()
+    cell = CellConfig.from_dict(json.loads(source.read_text(encoding="utf-8")))
+    fault = fault_of(cell)
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hang":
+        time.sleep(600)
+    made = failed_row(cell, fault, f"injected {fault}") if fault in ("oom", "failed") else row(cell)
+    write_json(target, made | {"source_digest": source_digest()})
+
+
+if __name__ == "__main__":
+    if "--output" in sys.argv:
+        raise SystemExit(supervise(Path(sys.argv[1]), Path(sys.argv[3])))
+    measure(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -14,8 +14,9 @@ from typing import Any
 from fastcache.device.providers.base import ProviderError
 from fastcache.device.sms import DeviceSms, SmSplit, by_capability
 
-# Integers, because cuda-bindings renamed the enum between 12.9 and 13.5.
+# Integers, because cuda-bindings renamed enums between 12.9 and 13.5.
 NO_FLAGS = 0
+DEFAULT_STREAM = 1
 NON_BLOCKING = 1
 PRIORITY = 0
 
@@ -116,8 +117,7 @@ def _side(cu: Any, device: Any, resource: Any, made: list[Any], streams: list[An
 
 def _context(cu: Any, device: Any, resource: Any, made: list[Any]) -> Any:
     descriptor = _call(cu, "cuDevResourceGenerateDesc", [resource], 1)
-    default_stream = cu.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    made.append(_call(cu, "cuGreenCtxCreate", descriptor, device, default_stream))
+    made.append(_call(cu, "cuGreenCtxCreate", descriptor, device, DEFAULT_STREAM))
     return made[-1]
 
 

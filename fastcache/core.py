@@ -119,16 +119,40 @@ class Step:
         return sum(chunk.length for chunk in self.chunks)
 
 
-@dataclass
-class ForwardBatch:
-    """One step's inputs on the device; T tokens of B sequences, packed without padding.
+@dataclass(frozen=True)
+class HostBatch:
+    """One step's inputs as numpy arrays; T tokens of B sequences, packed without padding.
 
-    input_ids, positions, slot_mapping: (T,) int64. cu_seqlens_q: (B + 1,) int32. kv_lens: (B,) int32, new
-    tokens included. page_table: (B, max_pages) int32. sample_rows: (S,) int64 rows of the hidden states whose
-    next token is drawn. The `_host` twins are numpy arrays, so that `plan` needs no device synchronisation.
+    token_ids: (T,) int64, None for a decode step, whose tokens are on the device. seats: (B,) int64.
+    positions, slots: (T,) int64. cu_seqlens_q: (B + 1,) int64. kv_lens: (B,) int64, new tokens included.
+    page_table: (B, max_pages) int32. sample_rows: (S,) int64, rows whose next token is drawn;
+    sample_seats: (S,) int64, the seats they belong to.
     """
 
     decode: bool
+    token_ids: np.ndarray | None
+    seats: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    cu_seqlens_q: np.ndarray
+    kv_lens: np.ndarray
+    page_table: np.ndarray
+    sample_rows: np.ndarray
+    sample_seats: np.ndarray
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.kv_lens)
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """A `HostBatch` on the device: same names, same shapes, kv_lens and cu_seqlens_q as int64 tensors.
+
+    `host` stays at hand so that `plan` needs no device synchronisation.
+    """
+
+    host: HostBatch
     input_ids: Tensor
     positions: Tensor
     slot_mapping: Tensor
@@ -136,13 +160,7 @@ class ForwardBatch:
     kv_lens: Tensor
     page_table: Tensor
     sample_rows: Tensor
-    cu_seqlens_q_host: np.ndarray
-    kv_lens_host: np.ndarray
-    page_table_host: np.ndarray
-
-    @property
-    def num_seqs(self) -> int:
-        return len(self.kv_lens_host)
+    sample_seats: Tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastcache.core import ForwardBatch
+from fastcache.core import ForwardBatch, HostBatch
 from fastcache.kvcache.pool import KVPool
 
 
@@ -41,6 +41,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, batch: ForwardBatch) -> None:
         """Prepare for one step. Host work belongs here."""
+
+    def plan_graph(self, host: HostBatch) -> None:
+        """Prepare for a decode step that is captured or replayed as a graph. Only if `supports_graphs`."""
+        raise NotImplementedError(f"{self.name} does not support CUDA graphs")
 
     @abstractmethod
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

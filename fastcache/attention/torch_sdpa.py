@@ -6,6 +6,7 @@ side as extra queries, so keys and values are never repeated.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,11 +19,10 @@ class TorchSDPA(AttentionBackend):
     name = "torch-sdpa"
 
     def plan(self, batch: ForwardBatch) -> None:
-        starts = batch.cu_seqlens_q[:-1].long()
-        q_lens = batch.cu_seqlens_q[1:].long() - starts
-        kv_lens = batch.kv_lens.long()
-        self._max_q = int((batch.cu_seqlens_q_host[1:] - batch.cu_seqlens_q_host[:-1]).max())
-        self._max_kv = int(batch.kv_lens_host.max())
+        starts, kv_lens = batch.cu_seqlens_q[:-1], batch.kv_lens
+        q_lens = batch.cu_seqlens_q[1:] - starts
+        self._max_q = int(np.diff(batch.host.cu_seqlens_q).max())
+        self._max_kv = int(batch.host.kv_lens.max())
         self._page_table = batch.page_table
         query = torch.arange(self._max_q, device=starts.device)
         entry = torch.arange(self._max_kv, device=starts.device)

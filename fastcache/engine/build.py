@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from fastcache.attention.base import HeadShape
 from fastcache.attention.select import select_backend
-from fastcache.compression.base import budget
 from fastcache.compression.registry import create
 from fastcache.config import PREFILL_TOKENS, EngineConfig
 from fastcache.core import EngineStats
+from fastcache.device.green_context import partition
+from fastcache.device.partition import Partition
 from fastcache.engine.batch import BatchBuilder
 from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
+from fastcache.engine.memory import num_pages
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Limits, Scheduler
-from fastcache.errors import ConfigError, OutOfPages, UnsupportedCombination
+from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.pages import PageAllocator
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.kvcache.prefix import PrefixCache
@@ -31,9 +32,6 @@ from fastcache.models.weights import WeightsInfo
 from fastcache.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
-
-# On the CPU the pool may use this share of the memory that is free, but needs no more than a batch fills.
-CPU_POOL_SHARE = 0.25
 
 
 @dataclass
@@ -46,6 +44,7 @@ class Parts:
     weights: WeightsInfo
     scheduler: Scheduler
     runner: Runner
+    partition: Partition
     eos: frozenset[int]
     max_model_len: int
     dtype: torch.dtype
@@ -64,6 +63,7 @@ class Parts:
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.scheduler.limits.max_num_batched_tokens,
             "prefix_caching": self.scheduler.prefix is not None,
+            "partition": self.partition.report(),
         }
 
     def close(self) -> None:
@@ -82,13 +82,14 @@ def build(config: EngineConfig) -> Parts:
     tokens_per_step = config.max_num_batched_tokens or PREFILL_TOKENS[device.type]
     if method is not None:
         _check_method(method, tokens_per_step)
-    # One position more than max_model_len: padded rows of a batch sit at position 0, real ones below it.
+    split = partition(config.partition, device)
     model, weights = load_model(
         model_config, config.model, config.load_format, dtype, device, max_model_len, config.seed
     )
     heads = HeadShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     shape = KVShape(model_config.num_layers, heads.kv_heads, heads.head_dim, dtype)
-    pool = KVPool(shape, _num_pages(config, shape, max_model_len, device), config.page_size, device)
+    pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device)
+    pool = KVPool(shape, pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
     scheduler = Scheduler(
         Limits(tokens_per_step, config.max_num_seqs, config.page_size),
@@ -97,21 +98,26 @@ def build(config: EngineConfig) -> Parts:
         PrefixCache(allocator, config.page_size) if config.enable_prefix_caching else None,
         MethodPlan(method, config.compression.compression_ratio) if method is not None else None,
     )
+    compress = split.compress if config.partition.enabled else None
     runner = Runner(
         model,
         pool,
         select_backend(config.attention_backend, pool, heads, device),
-        BatchBuilder(
-            config.max_num_seqs, pages_for(max_model_len, config.page_size), config.page_size, device
-        ),
+        BatchBuilder(config.max_num_seqs, pages_for(max_model_len, config.page_size), config.page_size),
         config.max_num_seqs,
-        InlineCompressor(method, pool, model_config.num_layers) if method is not None else None,
+        InlineCompressor(method, pool, model_config.num_layers, compress) if method is not None else None,
+        use_graphs=not config.enforce_eager,
+        stream=split.main if config.partition.enabled else None,
     )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
     tokenizer = load_tokenizer(config.model, required=False) if Path(config.model).is_dir() else None
     eos = model_config.eos_token_ids
     if tokenizer is not None and not eos:
         eos = frozenset(tokenizer.eos_token_ids)
-    return Parts(config, model_config, tokenizer, weights, scheduler, runner, eos, max_model_len, dtype)
+    return Parts(
+        config, model_config, tokenizer, weights, scheduler, runner, split, eos, max_model_len, dtype
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -154,25 +160,3 @@ def _check_method(method: Any, tokens_per_step: int) -> None:
             f"max_num_batched_tokens is {tokens_per_step}; method {method.name!r} looks at the last {method.window} "
             f"queries at once, so allowed is at least {method.window}."
         )
-
-
-def _num_pages(config: EngineConfig, shape: KVShape, max_model_len: int, device: torch.device) -> int:
-    if config.num_pages is not None:
-        return config.num_pages
-    page_bytes = shape.bytes_per_token * config.page_size
-    if device.type == "cpu":
-        per_sequence = pages_for(max_model_len, config.page_size)
-        if config.compression is not None:  # the full cache and the kept copy stand side by side for a moment
-            kept = budget(max_model_len, config.compression.compression_ratio)
-            per_sequence += pages_for(kept, config.page_size)
-        useful = config.max_num_seqs * per_sequence + 1
-        affordable = int(psutil.virtual_memory().available * CPU_POOL_SHARE) // page_bytes
-    else:
-        free, total = torch.cuda.mem_get_info(device)
-        useful = affordable = int(free - total * (1 - config.gpu_memory_utilization)) // page_bytes
-    if affordable < 2:
-        raise OutOfPages(
-            f"no memory is left for a KV pool: one page of {config.page_size} tokens takes {page_bytes:,} bytes. "
-            "Free memory, raise gpu_memory_utilization, or set num_pages."
-        )
-    return min(useful, affordable)

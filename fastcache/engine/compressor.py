@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod, LayerKV, budget, select
 from fastcache.compression.repack import repack_layer
-from fastcache.core import ForwardBatch, Step
+from fastcache.core import HostBatch, Step
 from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.pool import KVPool
 
@@ -43,13 +43,24 @@ class _Work:
 
 
 class InlineCompressor:
-    """Scores, selects and repacks one layer at a time, for all sequences of the step at once."""
+    """Scores, selects and repacks one layer at a time, for all sequences of the step at once.
 
-    def __init__(self, method: EvictionMethod, pool: KVPool, num_layers: int) -> None:
+    With a `stream` of its own this runs beside the next layers' prefill: it reads pages nobody writes any more
+    and writes pages nobody reads yet. `finish` joins the streams at the end of the step.
+    """
+
+    def __init__(
+        self,
+        method: EvictionMethod,
+        pool: KVPool,
+        num_layers: int,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self.method, self.pool, self.num_layers = method, pool, num_layers
+        self._stream = stream
         self._work: _Work | None = None
 
-    def begin(self, step: Step, batch: ForwardBatch) -> bool:
+    def begin(self, step: Step, host: HostBatch) -> bool:
         """Note which sequences of the step are to be compressed; False if none is."""
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
         if not rows:
@@ -60,16 +71,16 @@ class InlineCompressor:
         fresh = np.full((len(rows), width), SCRATCH_PAGE, np.int32)
         for row, chunk in enumerate(chunks):
             fresh[row, : len(chunk.fresh_pages)] = chunk.fresh_pages
-        lengths = batch.kv_lens_host[rows]
+        lengths = host.kv_lens[rows]
         budgets = np.asarray([chunk.kept for chunk in chunks], np.int64)
-        ends = batch.cu_seqlens_q_host[1:][rows]
+        ends = host.cu_seqlens_q[1:][rows]
         window = np.arange(-self.method.window, 0)
 
         def to(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.pool.device, non_blocking=True)
 
         self._work = _Work(
-            table=to(batch.page_table_host[rows]),
+            table=to(host.page_table[rows]),
             fresh=to(fresh),
             lengths=to(lengths.astype(np.int64)),
             budgets=to(budgets),
@@ -81,6 +92,20 @@ class InlineCompressor:
 
     def layer(self, layer: int, q: Tensor) -> None:
         """q: (T, H, d), the step's rotated queries. Its keys and values are in the pool already."""
+        if self._stream is None:
+            self._compress(layer, q)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        q.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            self._compress(layer, q)
+
+    def finish(self) -> None:
+        """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _compress(self, layer: int, q: Tensor) -> None:
         work = self._work
         keys, values = self.pool.gather(layer, work.table, work.max_length)
         queries = None

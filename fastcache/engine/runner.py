@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastcache.attention.base import AttentionBackend
-from fastcache.core import Step
-from fastcache.engine.batch import BatchBuilder
+from fastcache.core import ForwardBatch, Step
+from fastcache.engine.batch import BatchBuilder, to_device, upload
 from fastcache.engine.compressor import InlineCompressor
+from fastcache.engine.cuda_graphs import DecodeGraphs
 from fastcache.engine.sampler import sample, sampling_batch
 from fastcache.kvcache.pool import KVPool
 from fastcache.models.llama import Llama
@@ -19,7 +21,7 @@ from fastcache.models.llama import Llama
 
 @dataclass(frozen=True)
 class PendingTokens:
-    """A launched step. `wait` blocks until its tokens are on the host."""
+    """A launched step. `wait` blocks until its tokens are on the host. `ready` None: they already are."""
 
     step: Step
     tokens: Tensor  # (S,) int64 on the host, valid after `ready`
@@ -33,7 +35,10 @@ class PendingTokens:
 
 
 class Runner:
-    """Owns what a step needs on the device: model, pool, backend, and each seat's newest token."""
+    """Owns what a step needs on the device: model, pool, backend, and each seat's newest token.
+
+    One seat more than the scheduler hands out: the padded rows of a replayed graph sit there.
+    """
 
     def __init__(
         self,
@@ -43,18 +48,37 @@ class Runner:
         builder: BatchBuilder,
         max_num_seqs: int,
         compressor: InlineCompressor | None,
+        use_graphs: bool,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.model, self.pool, self.backend = model, pool, backend
         self.builder, self.compressor = builder, compressor
         self.device = pool.device
-        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self._stream = stream  # None: the device's default stream
+        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self.graphs = None
+        if use_graphs and backend.supports_graphs:
+            self.graphs = DecodeGraphs(self.decode_logits, backend, self.last_tokens, max_num_seqs)
 
     @torch.inference_mode()
     def launch(self, step: Step, seeds: dict[str, int]) -> PendingTokens:
         """Run `step` and return without waiting for the device. seeds: request id -> seed of its draws."""
         launched_s = time.perf_counter()
-        batch = self.builder.build(step, self.last_tokens)
-        compressing = self.compressor is not None and self.compressor.begin(step, batch)
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            return self._launch(step, seeds, launched_s)
+
+    def _launch(self, step: Step, seeds: dict[str, int], launched_s: float) -> PendingTokens:
+        host = self.builder.build(step)
+        if host.decode and self.graphs is not None:
+            logits = self.graphs.run(host)
+            (seats,) = upload([host.sample_seats], self.device)
+        else:
+            batch = to_device(host, self.last_tokens)
+            logits, seats = self._forward(step, batch), batch.sample_seats
+        return self._sample(step, logits, seats, seeds, launched_s)
+
+    def _forward(self, step: Step, batch: ForwardBatch) -> Tensor:
+        compressing = self.compressor is not None and self.compressor.begin(step, batch.host)
         self.backend.plan(batch)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,10 +89,22 @@ class Runner:
             return out
 
         hidden = self.model(batch.input_ids, batch.positions, attend)
-        logits = self.model.logits(hidden[batch.sample_rows])
-        return self._sample(step, logits, seeds, launched_s)
+        if compressing:
+            self.compressor.finish()
+        return self.model.logits(hidden[batch.sample_rows])
 
-    def _sample(self, step: Step, logits: Tensor, seeds: dict[str, int], launched_s: float) -> PendingTokens:
+    def decode_logits(self, seats: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """The part of a decode step that a graph captures; `plan` has been called. Returns (B, vocab)."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.pool.write(layer, k, v, slots)
+            return self.backend.run(layer, q, k, v)
+
+        return self.model.logits(self.model(self.last_tokens[seats], positions, attend))
+
+    def _sample(
+        self, step: Step, logits: Tensor, seats: Tensor, seeds: dict[str, int], launched_s: float
+    ) -> PendingTokens:
         seqs = [chunk.seq for chunk in step.chunks if chunk.sample]
         params = sampling_batch(
             [seq.request.sampling for seq in seqs],
@@ -77,7 +113,6 @@ class Runner:
             self.device,
         )
         tokens = sample(logits, params)
-        seats = torch.tensor([seq.seat for seq in seqs], dtype=torch.int64).to(self.device, non_blocking=True)
         self.last_tokens[seats] = tokens
         if self.device.type != "cuda":
             return PendingTokens(step, tokens, None, launched_s)

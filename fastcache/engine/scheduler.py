@@ -84,14 +84,14 @@ class Scheduler:
     def _prefill(self) -> Step | None:
         budget, chunks = self.limits.max_num_batched_tokens, []
         for seq in self.running:
-            if budget > 0 and (chunk := self._next_chunk(seq, budget)):
+            if budget > 0 and (chunk := self._next_chunk(seq, budget, split=not chunks)):
                 chunks.append(chunk)
                 budget -= chunk.length
         while self.waiting and budget > 0 and self._seats:
             seq = self.waiting[0]
             if not self._admit(seq):
                 break
-            chunk = self._next_chunk(seq, budget)
+            chunk = self._next_chunk(seq, budget, split=not chunks)
             if chunk is None:
                 break
             chunks.append(chunk)
@@ -125,14 +125,19 @@ class Scheduler:
             limit = min(limit, seq.request.compress_at - self.compression.tail)
         return self.prefix.match(seq.known_tokens, limit)
 
-    def _next_chunk(self, seq: Sequence, budget: int) -> Chunk | None:
-        """The next piece of an unfinished prefill, its pages allocated; None if there is none that fits."""
+    def _next_chunk(self, seq: Sequence, budget: int, split: bool) -> Chunk | None:
+        """The next piece of an unfinished prefill, its pages allocated; None if there is none that fits.
+
+        Without `split` a prompt that a step of its own could hold whole waits for that step.
+        """
         if seq.decoding:
             return None
         kept, target, tail = self.demand.kept(seq), seq.num_tokens, 0
         if kept:
             target, tail = seq.request.compress_at, self.compression.tail
         left = target - seq.num_computed
+        if left > budget and not split and left <= self.limits.max_num_batched_tokens:
+            return None
         length = min(left, budget)
         if 0 < left - length < tail:
             length = left - tail  # the method must see its whole window in one chunk

@@ -6,6 +6,7 @@ Heads come before the page's slots, so that one (page, head) is contiguous: the 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ class KVPool:
         self.shape, self.num_pages, self.page_size, self.device = shape, num_pages, page_size, device
         size = (shape.num_layers, num_pages, shape.kv_heads, page_size, shape.head_dim)
         self.keys, self.values = _zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device)
+        self._write_fast = None
+        if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+            from fastcache.kvcache.write_triton import write_kv
+
+            self._write_fast = write_kv
 
     @property
     def page_bytes(self) -> int:
@@ -52,6 +58,9 @@ class KVPool:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         """Store new entries. keys, values: (T, kv_heads, head_dim); slot_mapping: (T,) int64."""
+        if self._write_fast is not None:
+            self._write_fast(self.keys[layer], self.values[layer], keys, values, slot_mapping)
+            return
         pages, offsets = slot_mapping // self.page_size, slot_mapping % self.page_size
         self.keys[layer][pages, :, offsets] = keys
         self.values[layer][pages, :, offsets] = values

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,4 +63,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def select_ops(device: torch.device) -> Ops:
     """The fastest provider that this device and installation have."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from fastcache.models.ops_triton import TritonOps
+
+        return TritonOps()
     return Ops()

@@ -1,0 +1,141 @@
+"""flashinfer: paged decode on CUDA cores, prefill with FA3 on Hopper and FA2 elsewhere (arXiv:2501.01005).
+
+The only file that says "indptr". Prompts that start in this step attend their own packed keys and values;
+chunks with stored entries before them read the pages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.attention.base import AttentionBackend, HeadShape
+from fastcache.core import ForwardBatch, HostBatch
+from fastcache.errors import UnsupportedCombination
+from fastcache.kvcache.pool import KVPool
+
+WORKSPACE_BYTES = 256 * 2**20
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128, 256)
+HOPPER = 9
+
+
+def unsupported(pool: KVPool, device: torch.device) -> str | None:
+    """Why flashinfer cannot serve here, or None."""
+    if device.type != "cuda":
+        return "flashinfer needs a CUDA device"
+    try:
+        import flashinfer  # noqa: F401
+    except ImportError as error:
+        return f"flashinfer cannot be imported ({error}); pip install flashinfer-python"
+    if pool.shape.dtype not in DTYPES:
+        return f"flashinfer needs bfloat16 or float16, not {pool.shape.dtype}"
+    if pool.shape.head_dim not in HEAD_DIMS:
+        return f"flashinfer has no kernel for head size {pool.shape.head_dim}"
+    return None
+
+
+class FlashInfer(AttentionBackend):
+    supports_graphs = True
+
+    def __init__(self, pool: KVPool, heads: HeadShape) -> None:
+        reason = unsupported(pool, pool.device)
+        if reason is not None:
+            raise UnsupportedCombination(f"attention backend 'flashinfer': {reason}.")
+        super().__init__(pool, heads)
+        import flashinfer
+
+        self._lib = flashinfer
+        prefill = "fa3" if torch.cuda.get_device_capability(pool.device)[0] == HOPPER else "fa2"
+        self.name = f"flashinfer-{prefill}"
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        self._ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+            self._workspace, "NHD", backend=prefill
+        )
+        self._paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=prefill)
+        self._eager = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "HND")
+        self._graph: dict[int, object] = {}
+        self._planned = torch.cuda.Event()
+
+    def plan(self, batch: ForwardBatch) -> None:
+        host = batch.host
+        if host.decode:
+            self._plan_decode(self._eager, host)
+        elif (np.diff(host.cu_seqlens_q) == host.kv_lens).all():
+            self._plan_prefill(host, paged=False)
+        else:
+            self._plan_prefill(host, paged=True)
+
+    def plan_graph(self, host: HostBatch) -> None:
+        size = host.num_seqs
+        if size not in self._graph:
+            self._graph[size] = self._graph_wrapper(size)
+        self._plan_decode(self._graph[size], host)
+
+    def _graph_wrapper(self, size: int) -> object:
+        def buffer(length: int) -> Tensor:
+            return torch.zeros(length, dtype=torch.int32, device=self.pool.device)
+
+        return self._lib.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace,
+            "HND",
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=buffer(size + 1),
+            # Padded rows all read the scratch page, so a step can name more pages than the pool has.
+            paged_kv_indices_buffer=buffer(self.pool.num_pages + size),
+            paged_kv_last_page_len_buffer=buffer(size),
+        )
+
+    def _pages(self, host: HostBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(indptr, page numbers, entries in the last page), flattened over sequences; numbers on the device."""
+        counts = -(-host.kv_lens // self.pool.page_size)
+        indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        width = host.page_table.shape[1]
+        indices = host.page_table[np.arange(width) < counts[:, None]]
+        last = (host.kv_lens - (counts - 1) * self.pool.page_size).astype(np.int32)
+        numbers = torch.from_numpy(indices).pin_memory().to(self.pool.device, non_blocking=True)
+        return torch.from_numpy(indptr).pin_memory(), numbers, torch.from_numpy(last).pin_memory()
+
+    def _plan_decode(self, wrapper: object, host: HostBatch) -> None:
+        # plan writes its schedule to one pinned buffer: the copy of the step before must have left it.
+        self._planned.synchronize()
+        indptr, indices, last = self._pages(host)
+        h, dtype = self.heads, self.pool.shape.dtype
+        wrapper.plan(
+            indptr,
+            indices,
+            last,
+            h.num_heads,
+            h.kv_heads,
+            h.head_dim,
+            self.pool.page_size,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+            sm_scale=self.scale,
+        )
+        self._planned.record()
+        self._run = lambda layer, q, k, v: wrapper.run(q, (self.pool.keys[layer], self.pool.values[layer]))
+
+    def _plan_prefill(self, host: HostBatch, paged: bool) -> None:
+        self._planned.synchronize()
+        h, dtype = self.heads, self.pool.shape.dtype
+        cu_seqlens = torch.from_numpy(host.cu_seqlens_q.astype(np.int32)).pin_memory()
+        options = {"causal": True, "sm_scale": self.scale, "q_data_type": dtype, "kv_data_type": dtype}
+        if paged:
+            indptr, indices, last = self._pages(host)
+            size = self.pool.page_size
+            wrapper = self._paged
+            wrapper.plan(
+                cu_seqlens, indptr, indices, last, h.num_heads, h.kv_heads, h.head_dim, size, **options
+            )
+            self._run = lambda layer, q, k, v: wrapper.run(
+                q, (self.pool.keys[layer], self.pool.values[layer])
+            )
+        else:
+            self._ragged.plan(cu_seqlens, cu_seqlens, h.num_heads, h.kv_heads, h.head_dim, **options)
+            self._run = lambda layer, q, k, v: self._ragged.run(q, k, v)
+        self._planned.record()
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._run(layer, q, k, v)

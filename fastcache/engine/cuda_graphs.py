@@ -1,0 +1,92 @@
+"""Decode steps as CUDA graphs: one per padded batch size, captured when that size is first needed.
+
+Host work per step is one small copy and the backend's `plan`; the launches of a whole forward pass become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.attention.base import AttentionBackend
+from fastcache.core import HostBatch
+from fastcache.kvcache.pages import SCRATCH_PAGE
+
+SMALL_SIZES = (1, 2, 4, 8)
+SIZE_STEP = 16
+
+Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def padded_size(num_seqs: int) -> int:
+    """The batch size a step of `num_seqs` sequences is padded to."""
+    small = next((size for size in SMALL_SIZES if size >= num_seqs), None)
+    return small or -(-num_seqs // SIZE_STEP) * SIZE_STEP
+
+
+def pad(host: HostBatch, size: int, spare_seat: int) -> HostBatch:
+    """Rows up to `size` that store one token on the scratch page, attend it, and feed a seat nobody has."""
+    extra = size - host.num_seqs
+    if extra == 0:
+        return host
+
+    def fill(array: np.ndarray, value: int) -> np.ndarray:
+        return np.concatenate((array, np.full((extra, *array.shape[1:]), value, array.dtype)))
+
+    return HostBatch(
+        decode=True,
+        token_ids=None,
+        seats=fill(host.seats, spare_seat),
+        positions=fill(host.positions, 0),
+        slots=fill(host.slots, 0),
+        cu_seqlens_q=np.arange(size + 1),
+        kv_lens=fill(host.kv_lens, 1),
+        page_table=fill(host.page_table, SCRATCH_PAGE),
+        sample_rows=np.arange(size),
+        sample_seats=fill(host.sample_seats, spare_seat),
+    )
+
+
+class DecodeGraphs:
+    """Captures and replays `decode(seats, positions, slots) -> logits` over static input buffers."""
+
+    def __init__(
+        self, decode: Decode, backend: AttentionBackend, last_tokens: Tensor, max_num_seqs: int
+    ) -> None:
+        self._decode, self._backend = decode, backend
+        self._spare_seat = max_num_seqs
+        self._inputs = torch.zeros(
+            (3, padded_size(max_num_seqs)), dtype=torch.int64, device=last_tokens.device
+        )
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def run(self, host: HostBatch) -> Tensor:
+        """Logits (B, vocab) of a decode step; valid until the next call."""
+        size = padded_size(host.num_seqs)
+        padded = pad(host, size, self._spare_seat)
+        numbers = torch.from_numpy(np.stack((padded.seats, padded.positions, padded.slots))).pin_memory()
+        self._inputs[:, :size].copy_(numbers, non_blocking=True)
+        self._backend.plan_graph(padded)
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[: host.num_seqs]
+
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Run once eagerly, so that kernels are compiled, then capture. Storing the same KV twice is harmless."""
+        seats, positions, slots = self._inputs[:, :size]
+        stream = torch.cuda.current_stream()
+        self._decode(seats, positions, slots)
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
+        side.wait_stream(stream)
+        # The stream is named on purpose: torch would pick its own, and a partition's SMs would be lost.
+        with torch.cuda.graph(graph, pool=self._memory, stream=side):
+            logits = self._decode(seats, positions, slots)
+        stream.wait_stream(side)
+        return graph, logits

@@ -1,0 +1,82 @@
+"""How many pages the KV pool gets: what the user allows, less what a full step was seen to need."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from fastcache.compression.base import budget
+from fastcache.config import EngineConfig
+from fastcache.errors import OutOfPages
+from fastcache.kvcache.pool import KVShape
+from fastcache.kvcache.slots import pages_for
+from fastcache.models.llama import Llama
+
+# On the CPU the pool may use this share of the memory that is free, but needs no more than a batch fills.
+CPU_POOL_SHARE = 0.25
+# CUDA graphs, the attention workspace, allocator rounding: kept free beside what the profiling pass saw.
+CUDA_RESERVE_BYTES = 1_200 * 2**20
+# A compressed prefill holds gathered keys and values, their scores and the kept copy of one layer: measured
+# in cells of one token's entries of one layer.
+COMPRESSION_COPIES = 6
+
+
+def num_pages(
+    config: EngineConfig,
+    shape: KVShape,
+    model: Llama,
+    tokens_per_step: int,
+    max_model_len: int,
+    device: torch.device,
+) -> int:
+    """Pages of the pool. Errors: `OutOfPages` when there is no room for one, with the remedy."""
+    if config.num_pages is not None:
+        return config.num_pages
+    page_bytes = shape.bytes_per_token * config.page_size
+    useful = config.max_num_seqs * _pages_per_sequence(config, max_model_len) + 1
+    if device.type == "cpu":
+        available = int(psutil.virtual_memory().available * CPU_POOL_SHARE)
+    else:
+        available = _cuda_bytes(config, shape, model, tokens_per_step, device)
+    pages = available // page_bytes
+    if pages < 2:
+        raise OutOfPages(
+            f"no memory is left for a KV pool: one page of {config.page_size} tokens takes {page_bytes:,} bytes, "
+            f"{max(available, 0):,} are free. Raise gpu_memory_utilization (now {config.gpu_memory_utilization}), "
+            f"lower max_num_batched_tokens (now {tokens_per_step}), or use a smaller model."
+        )
+    return min(useful, pages)
+
+
+def _pages_per_sequence(config: EngineConfig, max_model_len: int) -> int:
+    pages = pages_for(max_model_len, config.page_size)
+    if config.compression is not None:  # the full cache and the kept copy stand side by side for a moment
+        kept = budget(max_model_len, config.compression.compression_ratio)
+        pages += pages_for(kept, config.page_size)
+    return pages
+
+
+def _cuda_bytes(
+    config: EngineConfig, shape: KVShape, model: Llama, tokens_per_step: int, device: torch.device
+) -> int:
+    peak = _peak_activation_bytes(model, tokens_per_step, config.max_num_seqs, device)
+    if config.compression is not None:
+        peak += COMPRESSION_COPIES * tokens_per_step * shape.bytes_per_token // shape.num_layers
+    free, total = torch.cuda.mem_get_info(device)
+    in_use = total - free
+    return int(total * config.gpu_memory_utilization) - in_use - peak - CUDA_RESERVE_BYTES
+
+
+@torch.inference_mode()
+def _peak_activation_bytes(model: Llama, tokens: int, max_num_seqs: int, device: torch.device) -> int:
+    """What a forward pass over `tokens` tokens allocates on top of the weights, measured by running one."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+    hidden = model(ids, ids, lambda layer, q, k, v: torch.empty_like(q))
+    model.logits(hidden[:max_num_seqs])
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak

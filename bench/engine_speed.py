@@ -1,0 +1,161 @@
+"""The engine's speed without compression, against the device's own limits: one process, many workloads.
+
+    python bench/engine_speed.py --model qwen3-8b --output rows.jsonl 32x3968+128 64x896+128
+
+Prints the measured ceilings first (device copy, bfloat16 matrix product), then one line per workload; the rows
+carry the repeats. Dummy weights, distinct random prompts, greedy, end-of-sequence ignored.
+total tok/s = (prompt + generated) / wall, as vLLM's users count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import statistics
+import time
+from pathlib import Path
+
+PROCESS_START = time.perf_counter()
+
+import torch  # noqa: E402  (the clock starts before the imports: start-up time counts them)
+
+from fastcache import LLM, SamplingParams  # noqa: E402
+from fastcache.bench.provenance import git_commit, source_digest  # noqa: E402
+from fastcache.device.info import device_info, versions  # noqa: E402
+
+log = logging.getLogger("engine_speed")
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes per second of a large copy (read + write), FLOP/s of a large bfloat16 product; medians."""
+    size = 2**30
+    source, n, k, m = torch.randn(size, device="cuda", dtype=torch.bfloat16), 16384, 4096, 24576
+    copy_s = median_seconds(torch.empty_like(source).copy_, source)
+    x, w = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((n, k), (m, k)))
+    product_s = median_seconds(torch.nn.functional.linear, x, w)
+    return {"copy_bytes_s": 4 * size / copy_s, "gemm_flop_s": 2 * n * k * m / product_s}
+
+
+def median_seconds(run, *args, repeats: int = 9) -> float:
+    run(*args)
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(*args)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (count, length), generator=generator).tolist()
+
+
+def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limits: dict[str, float]) -> dict:
+    """One workload: a short warm-up at the same batch size, then `repeats` timed runs on fresh prompts."""
+    vocab = llm.model_config.vocab_size
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    llm.generate(prompts_of(batch, context, vocab, 10_000), SamplingParams(max_tokens=3, ignore_eos=True))
+    runs = []
+    for repeat in range(repeats):
+        prompts = prompts_of(batch, context, vocab, repeat)
+        llm.reset_stats()
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        wall = time.perf_counter() - start
+        stats = llm.stats()
+        assert all(len(o.token_ids) == output for o in outputs)
+        runs.append(
+            {
+                "wall_s": wall,
+                "total_tok_s": batch * (context + output) / wall,
+                "prefill_tok_s": stats.prefill_tokens / stats.prefill_time_s,
+                "decode_ms_step": 1e3 * stats.decode_time_s / max(stats.decode_steps, 1),
+                "decode_steps": stats.decode_steps,
+                "peak_running": stats.peak_running,
+                "preemptions": stats.preemptions,
+            }
+        )
+    runs.sort(key=lambda run: run["wall_s"])
+    middle = runs[(len(runs) - 1) // 2]
+    parameters = sum(p.numel() for p in llm._runner.model.layers.parameters())
+    config = llm.model_config
+    attention = (
+        2 * config.num_heads * config.head_dim * context * config.num_layers
+    )  # causal: half of 4 H d N
+    flops = 2 * parameters + attention
+    kv = llm.describe()["kv_bytes_per_token"] * (context + output / 2) * middle["peak_running"]
+    step_bytes = 2 * (parameters + config.vocab_size * config.hidden_size) + kv
+    return {
+        "workload": f"{batch}x{context}+{output}",
+        **middle,
+        "prefill_mfu": middle["prefill_tok_s"] * flops / limits["gemm_flop_s"],
+        "decode_mbu": step_bytes / (middle["decode_ms_step"] / 1e3) / limits["copy_bytes_s"],
+        "repeats": [run["total_tok_s"] for run in runs],
+        "weights": "dummy",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workloads", nargs="+", help="BATCHxCONTEXT+OUTPUT")
+    parser.add_argument("--model", default="qwen3-8b")
+    parser.add_argument("--gpu-mem-util", type=float, default=0.9)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument(
+        "--compression", type=json.loads, help="a JSON object")
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    llm = LLM(
+        args.model,
+        load_format="dummy",
+        device="cuda",
+        max_model_len=4096,
+        gpu_memory_utilization=args.gpu_mem_util,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        compression=args.compression,
+    )
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1, ignore_eos=True))
+    start_up = time.perf_counter() - PROCESS_START
+    log.info("start to first token %.1f s; %s", start_up, llm.describe())
+    limits = ceilings()
+    torch.cuda.empty_cache()
+    log.info("ceilings: copy %.2f TB/s, product %.0f TFLOP/s", *(limits[k] / 1e12 for k in limits))
+    facts = {
+        "model": args.model,
+        "compression": args.compression,
+        "start_to_first_token_s": start_up,
+        **limits,
+        "engine": llm.describe(),
+        "device": device_info(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "source_digest": source_digest(),
+    }
+    with args.output.open("a", encoding="utf-8") as rows:
+        for workload in args.workloads:
+            sizes = [int(n) for n in re.fullmatch(r"(\d+)x(\d+)\+(\d+)", workload).groups()]
+            row = measure(llm, *sizes, args.repeats, limits)
+            log.info(
+                "%-14s %8.0f tok/s  prefill %6.0f tok/s (MFU %.2f)  decode %5.2f ms/step (MBU %.2f)  "
+                "running %d  preempted %d  repeats %s",
+                row["workload"], row["total_tok_s"], row["prefill_tok_s"], row["prefill_mfu"],
+                row["decode_ms_step"], row["decode_mbu"], row["peak_running"], row["preemptions"],
+                [round(value) for value in row["repeats"]],
+            )  # fmt: skip
+            rows.write(json.dumps({**row, **facts}) + "\n")
+            rows.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The GPU engine against its references: kernels, backends, graphs, and the books over many schedules."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastcache import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model):
+    return tiny_model("qwen3", 8, 2, 128, 256, 3, False)
+
+
+def relative_error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("rows,size", [(1, 256), (7, 4096), (130, 5120), (33, 576)])
+def test_norms_match_the_reference(rows, size):
+    from fastcache.models.ops import Ops
+    from fastcache.models.ops_triton import TritonOps
+
+    x, r = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    w = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    assert relative_error(TritonOps().rms_norm(x, w, 1e-6), Ops().rms_norm(x, w, 1e-6)) < 5e-3
+    want = Ops().add_rms_norm(x.clone(), r.clone(), w, 1e-6)
+    got = TritonOps().add_rms_norm(x.clone(), r.clone(), w, 1e-6)
+    assert torch.equal(got[1], want[1])
+    assert relative_error(got[0], want[0]) < 5e-3
+
+
+@pytest.mark.parametrize("rows,size", [(1, 256), (9, 12288), (130, 1536)])
+def test_silu_mul_matches_the_reference(rows, size):
+    from fastcache.models.ops import Ops
+    from fastcache.models.ops_triton import TritonOps
+
+    x = torch.randn(rows, 2 * size, device="cuda", dtype=torch.bfloat16)
+    assert relative_error(TritonOps().silu_mul(x), Ops().silu_mul(x)) < 5e-3
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (64, 8, 128)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_norm_and_rotation_match_the_reference(heads, norm):
+    from fastcache.models.config import RopeConfig
+    from fastcache.models.ops import Ops
+    from fastcache.models.ops_triton import TritonOps
+    from fastcache.models.rope import rotary_table
+
+    h, hk, d = heads
+    qkv = torch.randn(77, (h + 2 * hk) * d, device="cuda", dtype=torch.bfloat16)
+    weights = (torch.randn(d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    norms = (*weights, 1e-6)
+    table = rotary_table(RopeConfig(1e6), d, 4096, torch.device("cuda"))
+    positions = torch.randint(0, 4096, (77,), device="cuda")
+    args = (heads, norms if norm else None, table, positions)
+    want = Ops().qk_norm_rope(qkv.clone(), *args)
+    got = TritonOps().qk_norm_rope(qkv.clone(), *args)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+def test_kv_write_matches_the_reference():
+    from fastcache.kvcache.pool import KVPool, KVShape
+
+    shape = KVShape(2, 3, 64, torch.bfloat16)
+    fast, slow = (KVPool(shape, 20, 16, torch.device("cuda")) for _ in range(2))
+    slow._write_fast = None
+    k, v = (torch.randn(40, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    slots = torch.randperm(320, device="cuda")[:40]
+    for pool in (fast, slow):
+        pool.write(1, k, v, slots)
+    assert torch.equal(fast.keys, slow.keys) and torch.equal(fast.values, slow.values)
+
+
+def run(folder, prompts, count, **options):
+    llm = LLM(folder, device="cuda", dtype="bfloat16", num_pages=600, max_model_len=1024, **options)
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=count, ignore_eos=True))
+    llm.check_books()
+    return llm, [o.token_ids for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 100, 333)]
+
+
+def test_flashinfer_attends_like_the_reference(folder, prompts):
+    """Same q, k, v through both backends, prefill from scratch, chunked prefill and decode."""
+    from fastcache.attention.select import select_backend
+    from fastcache.core import Chunk, Request, Sequence, Step
+    from fastcache.engine.batch import BatchBuilder, to_device
+
+    llm = LLM(folder, device="cuda", dtype="bfloat16", num_pages=300, max_model_len=1024)
+    pool, heads = llm._runner.pool, llm._runner.backend.heads
+    device = torch.device("cuda")
+    fast, slow = (select_backend(n, pool, heads, device) for n in ("flashinfer", "torch-sdpa"))
+    pages = iter(range(1, 300))
+    for kv_starts, lengths in (
+        ([0, 0, 0], [5, 16, 130]),
+        ([7, 16, 33], [9, 64, 3]),
+        ([20, 63, 200], [1, 1, 1]),
+    ):
+        chunks = []
+        for seat, (start, length) in enumerate(zip(kv_starts, lengths, strict=True)):
+            seq = Sequence(Request(str(seat), (1,) * (start + length), SamplingParams(), 0.0), seat=seat)
+            seq.pages = [next(pages) for _ in range(-(-(start + length) // pool.page_size))]
+            chunks.append(Chunk(seq, start, start, length, sample=True))
+        decode = all(n == 1 for n in lengths)
+        host = BatchBuilder(4, 64, pool.page_size).build(Step(tuple(chunks), decode))
+        batch = to_device(host, torch.zeros(4, dtype=torch.int64, device=device))
+        total = sum(lengths)
+        pool.keys.normal_()
+        pool.values.normal_()
+        q = torch.randn(total, heads.num_heads, heads.head_dim, device=device, dtype=torch.bfloat16)
+        k, v = (
+            torch.randn(total, heads.kv_heads, heads.head_dim, device=device, dtype=torch.bfloat16)
+            for _ in "kv"
+        )
+        pool.write(1, k, v, batch.slot_mapping)
+        slow.plan(batch)
+        want = slow.run(1, q, k, v)
+        fast.plan(batch)
+        assert relative_error(fast.run(1, q, k, v), want) < 1e-2
+        if decode:
+            fast.plan_graph(host)
+            assert relative_error(fast.run(1, q, k, v), want) < 1e-2
+
+
+def test_graph_replay_gives_the_tokens_of_eager(folder, prompts):
+    graph, tokens = run(folder, prompts, 40)
+    eager, want = run(folder, prompts, 40, enforce_eager=True)
+    assert graph._runner.graphs is not None and eager._runner.graphs is None
+    assert tokens == want
+
+
+def test_float32_on_the_gpu_equals_the_cpu(tiny_model, prompts):
+    folder = tiny_model("llama", 4, 2, 64, 128, 2, False)
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    results = [
+        LLM(folder, device=device, dtype="float32", num_pages=400, max_model_len=1024).generate(
+            prompts, params
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert [o.token_ids for o in results[0]] == [o.token_ids for o in results[1]]
+
+
+@pytest.mark.parametrize("compression", [None, {"method": "snapkv", "compression_ratio": 0.5}])
+def test_random_schedules_balance_the_books(folder, compression):
+    rng = random.Random(0)
+    for _ in range(100):
+        llm_options = {
+            "num_pages": rng.choice([60, 90]),
+            "max_num_seqs": rng.choice([4, 16]),
+            "max_num_batched_tokens": rng.choice([64, 256]),
+            "max_model_len": 512,
+            "enforce_eager": rng.random() < 0.9,
+        }
+        llm = LLM(folder, device="cuda", dtype="bfloat16", compression=compression, **llm_options)
+        wanted = {}
+        for _ in range(rng.randint(3, 12)):
+            prompt = rng.choices(range(256), k=rng.randint(1, 300))
+            params = SamplingParams(max_tokens=rng.randint(1, 30), ignore_eos=rng.random() < 0.7)
+            wanted[llm.add_request(prompt, params)] = params.max_tokens
+            for _ in range(rng.randint(0, 3)):
+                for output in llm.step():
+                    assert len(output.token_ids) <= wanted.pop(output.request_id)
+        while llm.has_unfinished():
+            for output in llm.step():
+                assert len(output.token_ids) <= wanted.pop(output.request_id)
+        assert not wanted
+        llm.check_books()
+
+
+def test_two_thousand_requests_do_not_grow_memory(folder):
+    llm = LLM(folder, device="cuda", dtype="bfloat16", num_pages=2000, max_model_len=512, max_num_seqs=64)
+    rng = random.Random(1)
+
+    def wave(count):
+        prompts = [rng.choices(range(256), k=rng.randint(1, 200)) for _ in range(count)]
+        llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    wave(200)
+    before = wave(200)
+    after = max(wave(400) for _ in range(4))
+    assert after - before < 4 * 2**20
+    llm.check_books()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastcache.bench.provenance import source_digest
 from fastcache.errors import UserError
+from snakemake.exceptions import WorkflowError
 from workflow.scripts import stale_lock
 from workflow.scripts.config_check import check_config
 
@@ -74,14 +75,14 @@ def model_files(wildcards):
     return [f"{path}/config.json"]
 
 
-def recorded_report(wildcards):
-    """The report of the published rows that the config names."""
+def recorded_reports(wildcards):
+    """The reports of the published rows that the config names, or of all that are published."""
     published = sorted(
         path.parent.name for path in Path("results/published").glob("*/rows.jsonl")
     )
-    if config.get("recorded") not in published:
-        raise ValueError(
-            f"recorded is {config.get('recorded')!r}; published are: {', '.join(published) or 'none yet'}. "
-            "Choose one with --config recorded=NAME."
+    names = [config["recorded"]] if config.get("recorded") else published
+    if not names:
+        raise WorkflowError(
+            "no rows are published: there is no results/published/NAME/rows.jsonl."
         )
-    return f"results/recorded/{config['recorded']}/report.html"
+    return expand("results/recorded/{name}/report.html", name=names)

@@ -41,4 +41,4 @@ rule report:
 
 rule recorded:
     input:
-        recorded_report,
+        recorded_reports,

@@ -1,0 +1,247 @@
+"""The page: self-contained, whole, and every number in it read from the rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from rows import SMALL_MATRIX, failed_row, row, rows_of
+
+from fastcache.bench.matrix import expand
+from fastcache.bench.table import enrich
+
+SCRIPTS = ROOT / "workflow/scripts"
+FIGURES = ("throughput", "latency", "kv_memory", "agreement")
+
+
+def script(name: str, *arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / name, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def draw(folder: Path) -> None:
+    (folder / "figures").mkdir(exist_ok=True)
+    for name in FIGURES:
+        figure = folder / "figures" / name
+        script(
+            f"plot_{name}.py",
+            "--rows",
+            folder / "rows.jsonl",
+            "--svg",
+            f"{figure}.svg",
+            "--csv",
+            f"{figure}.csv",
+        )
+
+
+def build(folder: Path, rows: list[dict]) -> str:
+    """Table, figures and page of `rows`, by the scripts the rules call."""
+    source = folder / "published.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    outputs = (
+        "--rows",
+        folder / "rows.jsonl",
+        "--table",
+        folder / "table.csv",
+        "--status",
+        folder / "status.json",
+    )
+    script(
+        "make_table.py", "--source", source, "--schema", ROOT / "workflow/schemas/row.schema.yaml", *outputs
+    )
+    draw(folder)
+    inputs = (
+        "--rows",
+        folder / "rows.jsonl",
+        "--status",
+        folder / "status.json",
+        "--figures",
+        folder / "figures",
+    )
+    script("render_report.py", *inputs, "--templates", ROOT / "report", "--output", folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict]:
+    """Two cells without numbers among many with."""
+    cells = expand(SMALL_MATRIX).cells
+    return [failed_row(c) if i in (3, 9) else row(c) for i, c in enumerate(cells)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, measured) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("page")
+    return folder, build(folder, measured)
+
+
+class Addresses(HTMLParser):
+    """Every place from which a browser would load something, and all ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "srcset", "poster", "action"):
+                self.loaded.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    parsed = Addresses()
+    parsed.feed(page[1])
+    assert parsed.loaded and all(address.startswith(("#", "data:")) for address in parsed.loaded)
+    assert not re.search(r"@import|url\((?!#)", page[1])
+    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket)\b", page[1])
+    assert "<link" in page[1] and parsed.tags.count("svg") == len(FIGURES)
+
+
+def test_ids_are_unique_and_links_lead_somewhere(page):
+    parsed = Addresses()
+    parsed.feed(page[1])
+    assert len(parsed.ids) == len(set(parsed.ids))
+    targets = {address[1:] for address in parsed.loaded if address.startswith("#")}
+    assert targets <= set(parsed.ids)
+
+
+def test_no_machine_path_and_no_hole_in_the_page(page):
+    assert str(ROOT) not in page[1] and str(page[0]) not in page[1]
+    assert not re.search(r"\bNone\b|\bnan\b|Undefined|\{\{|\{%", page[1])
+
+
+def test_every_row_is_in_the_table_and_failures_are_named(page, measured):
+    for r in measured:
+        assert page[1].count(f"<code>{r['cell_id']}</code>") == (1 if r["status"] == "ok" else 2)
+    assert "2 of 36 cells failed (2 oom)" in page[1]
+    assert page[1].count("the KV pool is too small") == 2
+
+
+def test_the_numbers_are_those_of_the_rows(page, measured):
+    shown = [r for r in enrich(measured) if r["status"] == "ok"]
+    body = re.search(r'<div id="rows".*?</table>', page[1], re.DOTALL)[0]
+    for r in shown:
+        assert f'<td class="n" data-v="{r["throughput_tok_s"]}">{r["throughput_tok_s"]:,.1f}</td>' in body
+        if r["speedup_vs_baseline"] is not None:
+            assert f'data-v="{r["speedup_vs_baseline"]}"' in body
+
+
+def test_figures_are_the_same_bytes_when_drawn_again(page, tmp_path):
+    folder = page[0]
+    (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    draw(tmp_path)
+    for name in FIGURES:
+        for kind in ("svg", "csv"):
+            file = f"figures/{name}.{kind}"
+            assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_each_figure_has_the_numbers_behind_it(page, measured):
+    for name in FIGURES:
+        lines = (page[0] / f"figures/{name}.csv").read_text().splitlines()
+        cells = [r for r in measured if name != "agreement" or r["variant"] != "baseline"]
+        assert len(lines) == 1 + len(cells)
+        assert all(any(r["cell_id"] in line for line in lines) for r in cells)
+
+
+def test_a_cell_without_a_number_is_named_in_the_figure(page):
+    assert (page[0] / "figures/throughput.svg").read_text().count(">oom<") == 3  # a baseline's in two columns
+
+
+def test_dummy_weights_are_said_loudly(tmp_path):
+    config = SMALL_MATRIX | {"models": {"smollm2": {"load_format": "dummy"}}, "batch_sizes": [1]}
+    config |= {"workloads": [{"name": "synthetic-long", "context": 64, "output": 8}]}
+    dummy = {"kind": "dummy", "sha256": None}
+    text = build(tmp_path, [row(cell, weights=dummy) for cell in expand(config).cells])
+    assert "<b>Dummy weights.</b>" in text and "seeded random (dummy) weights" in text
+    assert "says nothing about quality" in text
+
+
+def test_a_run_in_which_nothing_succeeded_still_has_a_report(tmp_path):
+    text = build(tmp_path, [failed_row(cell) for cell in expand(SMALL_MATRIX).cells])
+    assert "nothing to conclude" in text and "36 of 36 cells failed" in text
+
+
+def test_rows_of_two_commits_are_called_out(tmp_path):
+    rows = rows_of({**SMALL_MATRIX, "batch_sizes": [1], "methods": ["snapkv"]})
+    rows[0]["git_commit"] = "2" * 40
+    assert "more than one commit" in build(tmp_path, rows)
+
+
+def test_a_row_that_breaks_the_schema_reaches_no_figure(tmp_path, measured):
+    broken = [{**measured[0], "throughput_tok_s": -1}]
+    with pytest.raises(AssertionError, match=r"breaks row.schema.yaml at throughput_tok_s"):
+        build(tmp_path, broken)
+
+
+def test_published_rows_become_the_same_report_again(workplace, succeed, page, measured):
+    published = workplace.folder / "results/published/example"
+    published.mkdir(parents=True)
+    (published / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in measured))
+    succeed(workplace.snakemake("recorded", "--config", "recorded=example"))
+    assert workplace.measured() == []
+    rebuilt = workplace.folder / "results/recorded/example"
+    assert (rebuilt / "report.html").read_text() == page[1]
+    assert (rebuilt / "table.csv").read_bytes() == (page[0] / "table.csv").read_bytes()
+
+
+def test_recorded_without_a_name_means_all_and_an_unknown_name_is_named(workplace, succeed):
+    for name in ("one", "two"):
+        (workplace.folder / "results/published" / name).mkdir(parents=True)
+        (workplace.folder / "results/published" / name / "rows.jsonl").touch()
+    planned = succeed(workplace.snakemake("recorded", "--dry-run"))
+    assert "results/recorded/one/report.html" in planned and "results/recorded/two/report.html" in planned
+    done = workplace.snakemake("recorded", "--config", "recorded=three")
+    assert done.returncode != 0 and "results/published/three/rows.jsonl" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+CAPTIONS = {
+    "throughput": "whiskers the slowest and the fastest",
+    "latency": "up to the 99th percentile",
+    "kv_memory": "KV entries per head of a request",
+    "agreement": "the bar is the method",
+    "page": "one self-contained page",
+    "workflow": "one row per cell",
+}
+
+
+def test_snakemakes_own_report_has_captions_categories_and_labels(workplace, succeed):
+    assert set(CAPTIONS) == {path.stem for path in (ROOT / "workflow/report").glob("*.rst")}
+    succeed(workplace.snakemake())
+    succeed(workplace.snakemake("--report", "own.html"))
+    own = re.sub(r"\s+", " ", (workplace.folder / "own.html").read_text().replace("\\n", " "))
+    for caption in CAPTIONS.values():
+        assert caption in own
+    for label in ("Figures", "Report", "tokens per second", "equal output tokens"):
+        assert label in own
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(ROOT.glob("results/published/*/rows.jsonl")), ids=lambda p: p.parent.name
+)
+def test_the_repositorys_published_rows_still_make_a_report(folder, tmp_path):
+    text = build(tmp_path, [json.loads(line) for line in folder.read_text().splitlines()])
+    assert "<h2>4. Discussion</h2>" in text
+
+
+def test_captions_of_the_page_exist_for_each_figure():
+    rules = re.findall(r"rule plot_(\w+)", (ROOT / "workflow/rules/figures.smk").read_text())
+    assert (
+        set(rules)
+        == set(FIGURES)
+        == {p.name.split(".")[0] for p in (ROOT / "report/captions").glob("[a-z]*")}
+    )

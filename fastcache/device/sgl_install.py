@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -75,6 +76,7 @@ def _version(folder: Path) -> str:
     return "unknown"
 
 
+@lru_cache(maxsize=2)
 def torch_exports(library_folder: Path) -> frozenset[str]:
     """Every symbol that the libraries of a torch installation export."""
     names: set[str] = set()

@@ -94,6 +94,17 @@ def test_the_library_alone_gives_granted_counts_from_the_op(site) -> None:
     )
 
 
+def test_every_split_of_a_process_records_the_same_way(site) -> None:
+    python = site("fitting", spatial=SPATIAL)
+    first, second = python(
+        "from fastcache.device import green_context\n"
+        "chain = (sgl.PACKAGE, sgl.SPATIAL)\n"
+        "split = [plan_split(DeviceSms(132, 8, 8), ratio, 1 - ratio) for ratio in (0.2, 0.12)]\n"
+        "show(*[green_context.try_providers(0, each, chain)[2] for each in split])"
+    )
+    assert first == second and [attempt["ok"] for attempt in first] == [False, True]
+
+
 def test_the_whole_package(site) -> None:
     python = site("fitting", __init__=INIT, spatial=SPATIAL)
     assert python("show(create(sgl.PACKAGE), 'sgl_kernel' in sys.modules)") == [

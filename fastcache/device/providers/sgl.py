@@ -26,11 +26,11 @@ class SglProvider:
     def __init__(self, name: str, load: Callable[[], None]) -> None:
         self.name = name
         self._load = load
+        self._loaded: bool | ProviderError = False
 
     def create(self, device: int, split: SmSplit) -> Pair:
         """The operator's pair. It gives an aligned group first and the remainder second."""
-        if not operator_registered():
-            self._load()
+        self._load_once()
         import torch
 
         torch.cuda.init()
@@ -56,6 +56,18 @@ class SglProvider:
             exclusive=True,
             handles=tuple(result[:2]),
         )
+
+    def _load_once(self) -> None:
+        """Load on the first call; later calls repeat its outcome, so every split of a process records the same."""
+        if self._loaded is False:
+            try:
+                if not operator_registered():
+                    self._load()
+                self._loaded = True
+            except ProviderError as error:
+                self._loaded = error
+        if isinstance(self._loaded, ProviderError):
+            raise ProviderError(self._loaded.kind, str(self._loaded))
 
     def destroy(self, pair: Pair) -> None:
         """Stream first, then the context that the driver names for it. Needs cuda-bindings; else nothing."""

@@ -11,7 +11,7 @@ rule inspect_machine:
     message:
         "Asking `fastcache doctor` what this machine can do"
     shell:
-        "fastcache doctor > {output} 2> {log}"
+        "fastcache doctor 2> {log} | tee {output}"
 
 
 rule doctor:

@@ -15,6 +15,9 @@ CORES ?= all
 TORCH_INDEX ?=
 PIP_ARGS ?=
 
+# Threads that wait without spinning: tests on a shared machine take minutes instead of an hour.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -31,7 +32,11 @@ AROUND_THE_CELLS = {
     [("config/config.yaml", 36, {"get_smollm2": 1}), ("config/smoke.yaml", 2, {})],
 )
 def test_a_shipped_config_means_these_jobs(workplace, succeed, config, cells, model):
-    (workplace.folder / "config.yaml").write_text((ROOT / config).read_text())
+    (workplace.folder / "config").mkdir()
+    shutil.copy(
+        ROOT / "config/config.yaml", workplace.folder / "config"
+    )  # a default must not leak into others
+    shutil.copy(ROOT / config, workplace.folder / "config.yaml")
     assert jobs(succeed(workplace.snakemake("--dry-run"))) == AROUND_THE_CELLS | model | {
         "measure_cell": cells
     }

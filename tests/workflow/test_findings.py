@@ -1,0 +1,84 @@
+"""The sentences of the report: each must be able to say yes, no, and that nothing can be said."""
+
+from __future__ import annotations
+
+import discussion
+import findings
+import pytest
+from make_table import judge
+from rows import SMALL_MATRIX, failed_row, row
+
+from fastcache.bench.matrix import expand
+from fastcache.bench.table import enrich
+
+CELLS = expand(SMALL_MATRIX | {"batch_sizes": [1], "methods": ["snapkv"]}).cells
+
+
+def at_speed(factor: float, spread: float = 0.02, repeats: int = 3) -> list[dict]:
+    """Rows in which every compressed cell runs at `factor` times its baseline."""
+    made = []
+    for cell in CELLS:
+        speed = 100.0 * (1 if cell.variant == "baseline" else factor)
+        values = [speed * (1 - spread / 2), speed, speed * (1 + spread / 2)][:repeats]
+        numbers = {"values": values, "median": speed, "spread": spread if repeats > 1 else 0.0}
+        made.append(row(cell, throughput_tok_s=speed, repeats=numbers))
+    return enrich(made)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (at_speed(1.3), f"Compression pays in speed here: the median throughput is 1.30{findings.TIMES}"),
+        (at_speed(0.8), f"Compression does not pay in speed here: the median throughput is 0.80{findings.TIMES}"),
+        (at_speed(1.01), "Compression makes no consistent difference in speed here"),
+        (at_speed(1.3, repeats=1), "With a single repeat per cell, speed cannot be told from noise"),
+        (enrich([failed_row(cell) for cell in CELLS]), "nothing to conclude"),
+    ],
+)
+def test_the_headline_follows_the_numbers(rows, says):
+    assert says in findings.headline(rows)
+
+
+def test_a_difference_counts_only_beyond_the_larger_spread():
+    assert {pair.verdict for pair in findings.comparisons(at_speed(1.1, spread=0.05))} == {"faster"}
+    assert {pair.verdict for pair in findings.comparisons(at_speed(1.1, spread=0.15))} == {"same"}
+    assert {pair.verdict for pair in findings.comparisons(at_speed(0.9, spread=0.05))} == {"slower"}
+
+
+def test_a_pair_needs_numbers_on_both_sides():
+    rows = [failed_row(cell) if cell.variant == "baseline" else row(cell) for cell in CELLS]
+    assert findings.comparisons(enrich(rows)) == []
+    assert discussion.paragraphs(enrich(rows)) == []
+
+
+def test_the_discussion_counts_what_it_says():
+    said = dict(discussion.paragraphs(at_speed(1.3)))
+    compared = len(CELLS) - sum(cell.variant == "baseline" for cell in CELLS)
+    assert f"Of {compared} comparisons, {compared} are faster" in said["Speed"]
+    assert "Batch size" not in said, "there is one batch size, so there is nothing to compare"
+    asked = sum(cell.greenctx for cell in CELLS)
+    assert f"0 of the {asked} measured cells" in said["Green contexts"]
+    assert f"({asked} cells)" in said["Green contexts"]
+
+
+def test_decisions_are_reported_only_where_none_were_made():
+    rows = at_speed(1.3)
+    assert "decided nothing by itself" in dict(discussion.paragraphs(rows))["Decisions"]
+    for r in rows:
+        r["policy"] = "auto"
+    assert "Decisions" not in dict(discussion.paragraphs(rows))
+
+
+def test_judge_tells_expected_from_unexpected_and_missing():
+    ids = [cell.id for cell in CELLS]
+    rows = [
+        failed_row(CELLS[0], "oom"),
+        failed_row(CELLS[1], "crashed"),
+        *(row(cell) for cell in CELLS[2:-1]),
+    ]
+    allowed = [{"cell": ids[0], "status": "oom"}, {"cell": ids[2], "status": "timeout"}]
+    status = judge(rows, ids, allowed)
+    assert status["missing"] == [ids[-1]]
+    assert [f["cell_id"] for f in status["expected"]] == [ids[0]]
+    assert [f["cell_id"] for f in status["unexpected"]] == [ids[1]]
+    assert status["unmet_expectations"] == [{"cell": ids[2], "status": "timeout", "ended": ["ok"]}]

@@ -110,9 +110,7 @@ def main() -> None:
     parser.add_argument("--gpu-mem-util", type=float, default=0.9)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-num-batched-tokens", type=int)
-    parser.add_argument(
-        "--compression", type=json.loads, help="a JSON object")
-    )
+    parser.add_argument("--compression", type=json.loads, help="a JSON object")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -137,7 +135,7 @@ def main() -> None:
         "start_to_first_token_s": start_up,
         **limits,
         "engine": llm.describe(),
-        "device": device_info(),
+        "device": device_info("cuda"),
         "versions": versions(),
         "git_commit": git_commit(),
         "source_digest": source_digest(),

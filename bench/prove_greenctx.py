@@ -5,7 +5,8 @@
 `--site` is a folder with an sgl_kernel that fits the installed torch, `--shim-site` one with an sgl_kernel that
 needs the shim; both may hold only spatial_ops and version.py (about 90 KB). Every step runs in a process of its
 own, because an operator once registered stays, and a step that fails keeps no other from running. Writes
-doctor.json, shim.json, greenctx.json, greenctx-shim.json, providers.json, sm_sweep.csv, sm_sweep.json and steps.json.
+doctor.json, shim.json, greenctx.json, greenctx-shim.json, greenctx-preload.json, providers.json, sm_sweep.csv,
+sm_sweep.json and steps.json, with paths inside the checkout written relative to it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     steps = run_steps(options)
     (options.output / "steps.json").write_text(json.dumps(steps, indent=1) + "\n")
+    for record in options.output.glob("*.json"):
+        record.write_text(record.read_text().replace(f"{ROOT}/", ""))
     for step in steps:
         sys.stdout.write(
             f"{step['name']:<28} exit {step['exit']!s:>4} {step['seconds']:6.1f} s  {step['last_line']}\n"
@@ -65,7 +68,7 @@ def run_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             steps.append(step("chain with the shim", proof, cache, shim_site))
             library = record.with_name("sgl_kernel_shim.so")
             if library.is_file():
-                again = cli("prove-greenctx", "--output", Path(cache) / "preload.json", "--changes", "20")
+                again = cli("prove-greenctx", "--output", out / "greenctx-preload.json", "--changes", "20")
                 steps.append(step("chain with LD_PRELOAD", again, cache, shim_site, LD_PRELOAD=str(library)))
         steps += provider_steps(out, cache, site, shim_site)
         sweep = [sys.executable, str(ROOT / "bench" / "sm_sweep.py"), "--output", str(out)]

@@ -12,6 +12,8 @@ from typing import Any
 # A wave's wall time against the block's own time. The timer ticks in about 1 us steps; launch adds a few.
 ONE_WAVE = (0.9, 1.3)
 TWO_WAVES = (1.8, 2.6)
+# Fewer samples of free memory than this have no two halves worth comparing.
+MIN_SAMPLES = 4
 
 
 def judge_identity(
@@ -89,7 +91,7 @@ def judge_memory(free_bytes: Sequence[int], changes: int, tolerance_bytes: int) 
 
     `free_bytes` are samples in order, taken after every split had been made once.
     """
-    assert len(free_bytes) >= 4, "flatness needs samples"
+    assert len(free_bytes) >= MIN_SAMPLES, "flatness needs samples"
     half = len(free_bytes) // 2
     first, last = statistics.median(free_bytes[:half]), statistics.median(free_bytes[half:])
     return {

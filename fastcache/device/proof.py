@@ -19,12 +19,12 @@ from fastcache.device import green_context, info, probe_logic
 from fastcache.device.partition import Partition
 from fastcache.device.probe import BLOCK_US, LONG_BLOCK_US, Probe, compute_errors, whole_device
 from fastcache.device.sms import DeviceSms
-from fastcache.errors import OutputPathError
+from fastcache.errors import ConfigError, OutputPathError
 
 SCHEMA = 1
 RATIOS = (0.06, 0.12, 0.2, 0.25, 0.3, 0.4, 0.5)
 CHANGES = 1000
-SAMPLE_EVERY = 50
+SAMPLES = 20
 FLAT_BYTES = 2 << 20
 COMPUTE_TOLERANCE = 1e-2
 
@@ -34,9 +34,16 @@ def prove(
 ) -> dict[str, Any]:
     """Run the whole proof. `ratios` are compression shares; main takes the rest.
 
-    Errors: UnsupportedCombination when `require` and there are no green contexts here.
+    Errors: ConfigError for fewer changes than a verdict on flat memory needs, UnsupportedCombination when
+    `require` and there are no green contexts here.
     """
     import torch
+
+    if changes < probe_logic.MIN_SAMPLES:
+        raise ConfigError(
+            f"changes is {changes}; whether memory stays flat shows from {probe_logic.MIN_SAMPLES} changes of "
+            f"split on, and well from some hundred ({CHANGES} is the default)."
+        )
 
     record = {"schema": SCHEMA, "versions": info.versions(), **environment()}
     if not torch.cuda.is_available():
@@ -117,9 +124,11 @@ def compute(partition: Partition, side: str, probe: Probe) -> dict[str, Any]:
 
 
 def change_splits(probe: Probe, ratios: Sequence[float], changes: int) -> dict[str, Any]:
-    """Change the split `changes` times with work on both sides of each, sampling free device memory."""
+    """Change the split `changes` times with work on both sides of each, sampling free device memory SAMPLES times
+    or, in a run shorter than that, at every change."""
     import torch
 
+    sample_every = max(1, changes // SAMPLES)
     buffers = (probe.buffers(1), probe.buffers(1))
 
     def change(ratio: float) -> None:
@@ -133,7 +142,7 @@ def change_splits(probe: Probe, ratios: Sequence[float], changes: int) -> dict[s
     free = []
     for i in range(changes):
         change(ratios[i % len(ratios)])
-        if i % SAMPLE_EVERY == 0:
+        if i % sample_every == 0:
             torch.cuda.synchronize(probe.device)
             free.append(torch.cuda.mem_get_info(probe.device)[0])
     return probe_logic.judge_memory(free, changes, FLAT_BYTES) | {"free_bytes": free, "splits": len(ratios)}

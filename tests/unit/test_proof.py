@@ -13,7 +13,7 @@ from fastcache.device import green_context, proof
 from fastcache.device.partition import Partition
 from fastcache.device.probe import Sample
 from fastcache.device.sms import DeviceSms
-from fastcache.errors import OutputPathError, UnsupportedCombination
+from fastcache.errors import ConfigError, OutputPathError, UnsupportedCombination
 
 NO_GPU = "the device is a CPU"
 
@@ -118,3 +118,47 @@ def test_each_part_can_fail_the_proof_and_is_named(split, lie: str, parts: set[s
     } == parts
     (line,) = proof._failures({"passed": True}, {"passed": True}, [record])
     assert line == f"split 0.2: {', '.join(name for name in record if name in parts)}"
+
+
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch):
+    """Run the memory part with a device whose free memory falls by `leak` bytes with every change of split."""
+    import torch
+
+    launches: list[str] = []
+    leak = SimpleNamespace(bytes=0)
+    made = Partition("main", "compress", "op", True, True, True)
+    monkeypatch.setattr(green_context, "partition", lambda *_: made)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda *_: (10**11 - leak.bytes * len(launches) // 2, 10**11)
+    )
+    probe = SimpleNamespace(
+        device="cuda:0",
+        buffers=lambda blocks: None,
+        launch=lambda stream, *_: launches.append(stream),
+    )
+
+    def run_changes(changes: int, leaked: int = 0) -> dict:
+        leak.bytes = leaked
+        return proof.change_splits(probe, (0.2, 0.5), changes)
+
+    return run_changes
+
+
+@pytest.mark.parametrize(("changes", "samples"), [(4, 4), (20, 20), (39, 39), (200, 20), (1000, 20)])
+def test_a_short_run_of_changes_has_samples_too(changed, changes: int, samples: int) -> None:
+    record = changed(changes)
+    assert record["passed"] and record["changes"] == changes and len(record["free_bytes"]) == samples
+
+
+@pytest.mark.parametrize("changes", [20, 1000])
+def test_a_leak_is_seen_in_a_short_and_in_a_long_run(changed, changes: int) -> None:
+    assert not changed(changes, leaked=8 << 20)["passed"]
+
+
+@pytest.mark.parametrize("changes", [0, 3, -1])
+def test_too_few_changes_are_refused_before_anything_runs(tmp_path: Path, changes: int) -> None:
+    with pytest.raises(ConfigError, match="4 changes"):
+        run(tmp_path / "greenctx.json", f"--changes={changes}")
+    assert not list(tmp_path.iterdir())

@@ -100,3 +100,38 @@ def test_a_step_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     good = prove.step("good", [sys.executable, "-c", "print('one'); print('two')"], str(tmp_path), None)
     assert (bad["exit"], bad["last_line"]) == (1, "no such thing")
     assert dead["exit"] == -6 and (good["exit"], good["last_line"]) == (0, "two")
+
+
+def test_every_proof_asked_for_is_one_that_can_be_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastcache.device import probe_logic
+
+    prove = load("prove_greenctx")
+    asked = []
+
+    def step(name: str, command: list[str], cache: str, *_: object, **__: object) -> dict:
+        asked.append((name, command))
+        if name == "shim":  # what a built shim leaves behind
+            for left in ("shim.json", "sgl_kernel_shim.so"):
+                (Path(cache) / left).write_text("{}")
+        return {"name": name, "exit": 0, "seconds": 0.0, "last_line": "", "stderr": ""}
+
+    monkeypatch.setattr(prove, "step", step)
+    site = str(tmp_path)
+    assert prove.main(["--output", str(tmp_path / "out"), "--site", site, "--shim-site", site]) == 0
+    proofs = {name: command for name, command in asked if "prove-greenctx" in command}
+    assert set(proofs) == {"chain", "chain with the shim", "chain with LD_PRELOAD"}
+    kept = {Path(command[command.index("--output") + 1]) for command in proofs.values()}
+    assert len(kept) == 3 and {path.parent for path in kept} == {tmp_path / "out"}
+    changes = [int(c[c.index("--changes") + 1]) for c in proofs.values() if "--changes" in c]
+    assert len(changes) == 2 and min(changes) >= probe_logic.MIN_SAMPLES
+
+
+def test_published_records_name_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prove = load("prove_greenctx")
+    failed = {"name": "a", "exit": 1, "seconds": 0.0, "last_line": "", "stderr": f'File "{prove.ROOT}/x.py"'}
+    monkeypatch.setattr(prove, "run_steps", lambda _: [failed])
+    assert prove.main(["--output", str(tmp_path)]) == 1
+    (step,) = json.loads((tmp_path / "steps.json").read_text())
+    assert step["stderr"] == 'File "x.py"'

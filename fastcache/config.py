@@ -18,7 +18,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 VARIANTS = ("baseline", "compression-only", "greenctx-only", "auto-tune+greenctx", "triad")
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class StrictConfig:

@@ -1,4 +1,4 @@
-"""flashinfer: paged decode on CUDA cores, prefill with FA3 on Hopper and FA2 elsewhere (arXiv:2501.01005).
+"""flashinfer: paged decode, prefill with FA3 on Hopper and FA2 elsewhere (arXiv:2501.01005).
 
 The only file that says "indptr". Prompts that start in this step attend their own packed keys and values;
 chunks with stored entries before them read the pages.
@@ -19,6 +19,9 @@ WORKSPACE_BYTES = 256 * 2**20
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 HOPPER = 9
+# Queries that share a KV head form one tile: measured 2.92 against 2.73 TB/s at 64 x 4000 on an H100, 2.93 against
+# 2.50 at 144 x 2500, half the time at batch 1, and 3 % slower only at 256 x 500.
+TENSOR_CORES = True
 
 
 def unsupported(pool: KVPool, device: torch.device) -> str | None:
@@ -54,7 +57,9 @@ class FlashInfer(AttentionBackend):
             self._workspace, "NHD", backend=prefill
         )
         self._paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=prefill)
-        self._eager = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "HND")
+        self._eager = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "HND", use_tensor_cores=TENSOR_CORES
+        )
         self._graph: dict[int, object] = {}
         self._planned = torch.cuda.Event()
 
@@ -81,6 +86,7 @@ class FlashInfer(AttentionBackend):
             self._workspace,
             "HND",
             use_cuda_graph=True,
+            use_tensor_cores=TENSOR_CORES,
             paged_kv_indptr_buffer=buffer(size + 1),
             # Padded rows all read the scratch page, so a step can name more pages than the pool has.
             paged_kv_indices_buffer=buffer(self.pool.num_pages + size),

@@ -12,13 +12,13 @@ import torch
 from fastcache.attention.base import HeadShape
 from fastcache.attention.select import select_backend
 from fastcache.compression.registry import create
-from fastcache.config import PREFILL_TOKENS, EngineConfig
+from fastcache.config import EngineConfig
 from fastcache.core import EngineStats
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
 from fastcache.engine.batch import BatchBuilder
 from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
-from fastcache.engine.memory import num_pages
+from fastcache.engine.memory import num_pages, prefill_tokens
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Limits, Scheduler
 from fastcache.errors import ConfigError, UnsupportedCombination
@@ -79,7 +79,7 @@ def build(config: EngineConfig) -> Parts:
     dtype = resolve_dtype(config.dtype, model_config, device)
     max_model_len = _max_model_len(config, model_config)
     method = create(config.compression) if config.compression else None
-    tokens_per_step = config.max_num_batched_tokens or PREFILL_TOKENS[device.type]
+    tokens_per_step = prefill_tokens(config, model_config, dtype, device)
     if method is not None:
         _check_method(method, tokens_per_step)
     split = partition(config.partition, device)

@@ -48,6 +48,14 @@ class ModelConfig:
     dtype: str
     eos_token_ids: frozenset[int]
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the matrices and embeddings; norms and biases are too few to count."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str) -> ModelConfig:
         """From the dictionary of a `config.json`; `source` names it in errors."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcache.attention.base import AttentionBackend
 from fastcache.core import HostBatch
+from fastcache.device.streams import capture, capture_stream_check
 from fastcache.kvcache.pages import SCRATCH_PAGE
 
 SMALL_SIZES = (1, 2, 4, 8)
@@ -51,7 +52,11 @@ def pad(host: HostBatch, size: int, spare_seat: int) -> HostBatch:
 
 
 class DecodeGraphs:
-    """Captures and replays `decode(seats, positions, slots) -> logits` over static input buffers."""
+    """Captures and replays `decode(seats, positions, slots) -> logits` over static input buffers.
+
+    A graph keeps the SMs of the stream it is captured on, so all are captured where the first step ran: on the
+    partition's main stream if there is one. Errors: `CaptureWithoutStream` for a step that runs elsewhere.
+    """
 
     def __init__(
         self, decode: Decode, backend: AttentionBackend, last_tokens: Tensor, max_num_seqs: int
@@ -63,6 +68,9 @@ class DecodeGraphs:
         )
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
+        # Where steps run and where graphs are captured, known from the first capture.
+        self._home: torch.cuda.Stream | None = None
+        self._side: torch.cuda.Stream | None = None
 
     def run(self, host: HostBatch) -> Tensor:
         """Logits (B, vocab) of a decode step; valid until the next call."""
@@ -81,12 +89,19 @@ class DecodeGraphs:
         """Run once eagerly, so that kernels are compiled, then capture. Storing the same KV twice is harmless."""
         seats, positions, slots = self._inputs[:, :size]
         stream = torch.cuda.current_stream()
+        side = self._capture_stream(stream)
         self._decode(seats, positions, slots)
         graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
         side.wait_stream(stream)
-        # The stream is named on purpose: torch would pick its own, and a partition's SMs would be lost.
-        with torch.cuda.graph(graph, pool=self._memory, stream=side):
+        with capture(graph, side, (side,), self._memory):
             logits = self._decode(seats, positions, slots)
         stream.wait_stream(side)
         return graph, logits
+
+    def _capture_stream(self, current: torch.cuda.Stream) -> torch.cuda.Stream:
+        """The one stream for all captures; nothing can be captured on the default stream."""
+        if self._home is None:
+            self._home = current
+            self._side = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+        capture_stream_check(current, (self._home,))
+        return self._side

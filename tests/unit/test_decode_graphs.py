@@ -1,0 +1,62 @@
+"""On which stream decode graphs are captured: the streams are stand-ins, no GPU is needed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+
+from fastcache.device.streams import CaptureWithoutStream
+from fastcache.engine.cuda_graphs import DecodeGraphs
+
+
+class Stream(str):
+    """Named, and never waiting."""
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch):
+    """Capture a graph while `current` is the current stream; returns the streams captured on so far."""
+    graphs: list[DecodeGraphs] = []
+    streams: list[str | None] = []
+    made = iter(map(Stream, ("side", "another side")))
+
+    def graph(_: object, pool: object = None, stream: str | None = None) -> AbstractContextManager:
+        streams.append(stream)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: Stream("default"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: next(made))
+    graphs.append(DecodeGraphs(lambda *_: torch.zeros(1), None, torch.zeros(5), 4))
+
+    def capture(current: str, size: int) -> list[str | None]:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(current))
+        graphs[0]._capture(size)
+        return streams
+
+    return capture
+
+
+def test_every_size_is_captured_on_the_partitions_stream(captured) -> None:
+    captured("main", 1)
+    assert captured("main", 2) == ["main", "main"]
+
+
+def test_without_a_partition_all_sizes_share_one_stream_of_their_own(captured) -> None:
+    captured("default", 1)
+    assert captured("default", 2) == ["side", "side"]
+
+
+@pytest.mark.parametrize(("first", "then"), [("main", "default"), ("main", "compress"), ("default", "main")])
+def test_a_step_that_left_its_stream_is_not_captured(captured, first: str, then: str) -> None:
+    streams = captured(first, 1)
+    with pytest.raises(CaptureWithoutStream):
+        captured(then, 2)
+    assert len(streams) == 1

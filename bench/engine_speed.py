@@ -77,6 +77,7 @@ def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limit
                 "prefill_tok_s": stats.prefill_tokens / stats.prefill_time_s,
                 "decode_ms_step": 1e3 * stats.decode_time_s / max(stats.decode_steps, 1),
                 "decode_steps": stats.decode_steps,
+                "mean_running": stats.decode_tokens / max(stats.decode_steps, 1),
                 "peak_running": stats.peak_running,
                 "preemptions": stats.preemptions,
             }
@@ -89,7 +90,8 @@ def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limit
         2 * config.num_heads * config.head_dim * context * config.num_layers
     )  # causal: half of 4 H d N
     flops = 2 * parameters + attention
-    kv = llm.describe()["kv_bytes_per_token"] * (context + output / 2) * middle["peak_running"]
+    kept = context if llm.config.compression is None else outputs[0].metrics.kv_len_after
+    kv = llm.describe()["kv_bytes_per_token"] * (kept + output / 2) * middle["mean_running"]
     step_bytes = 2 * (parameters + config.vocab_size * config.hidden_size) + kv
     return {
         "workload": f"{batch}x{context}+{output}",

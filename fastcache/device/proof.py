@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from fastcache.device import green_context, info, probe_logic
 from fastcache.device.partition import Partition
 from fastcache.device.probe import BLOCK_US, LONG_BLOCK_US, Probe, compute_errors, whole_device
 from fastcache.device.sms import DeviceSms
-from fastcache.errors import ConfigError, OutputPathError
+from fastcache.errors import ConfigError, OutputPathError, UserError
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 RATIOS = (0.06, 0.12, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -148,6 +151,18 @@ def change_splits(probe: Probe, ratios: Sequence[float], changes: int) -> dict[s
     return probe_logic.judge_memory(free, changes, FLAT_BYTES) | {"free_bytes": free, "splits": len(ratios)}
 
 
+def _prove_or_say_why(changes: int, require: bool) -> dict[str, Any]:
+    try:
+        return prove(changes=changes, require=require)
+    except UserError:
+        raise
+    except Exception as error:  # a driver or compiler may fail in any way; the record is what tells of it
+        logger.exception("the proof could not be carried out")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        failed = {"status": "failed", "passed": False, "reason": reason, "splits": []}
+        return {"schema": SCHEMA, "versions": info.versions()} | environment() | failed
+
+
 def environment() -> dict[str, Any]:
     """What decides whether two streams can really run together, apart from the split."""
     names = (
@@ -184,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`fastcache prove-greenctx`: 0 when proven or recorded as unavailable, 1 when a measurement contradicts it."""
-    record = prove(changes=args.changes, require=args.require)
+    record = _prove_or_say_why(args.changes, args.require)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         partial = args.output.with_name(args.output.name + ".part")

@@ -162,3 +162,17 @@ def test_too_few_changes_are_refused_before_anything_runs(tmp_path: Path, change
     with pytest.raises(ConfigError, match="4 changes"):
         run(tmp_path / "greenctx.json", f"--changes={changes}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_proof_that_cannot_be_carried_out_is_recorded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(**_: object) -> dict:
+        raise RuntimeError("CUDA error: an illegal\n memory access")
+
+    monkeypatch.setattr(proof, "prove", fail)
+    assert run(tmp_path / "greenctx.json") == 1
+    record = json.loads((tmp_path / "greenctx.json").read_text())
+    assert record["status"] == "failed" and record["passed"] is False and record["splits"] == []
+    assert record["reason"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert record["reason"] in capsys.readouterr().out

@@ -5,6 +5,7 @@
 rule measure_cell:
     input:
         model=model_files,
+        proof=greenctx_proof,
         script=ancient(script("measure_cell.py")),  # ancient: it measures nothing itself
     output:
         "results/cells/{cell}.json",

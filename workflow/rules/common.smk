@@ -56,8 +56,21 @@ def plan_of(wildcards):
     """What the rows should be; published rows may come with theirs."""
     if wildcards.results == "results":
         return ["results/plan.json"]
-    plan = Path("results/published", Path(wildcards.results).name, "plan.json")
-    return [str(plan)] if plan.is_file() else []
+    return published(wildcards, "plan.json")
+
+
+def proof_of(wildcards):
+    """The proof of SM partitions, where a cell asks for one; published rows may come with theirs."""
+    if wildcards.results == "results":
+        asked = any(cell.greenctx for cell in CELLS.values())
+        return rules.verify_greenctx.output if asked else []
+    return published(wildcards, "greenctx.json")
+
+
+def published(wildcards, name):
+    """A file beside published rows, if it is there."""
+    path = Path("results/published", Path(wildcards.results).name, name)
+    return [str(path)] if path.is_file() else []
 
 
 def script(name):
@@ -73,6 +86,14 @@ def model_files(wildcards):
     if path == str(Path(rules.get_smollm2.output.weights).parent):
         return [rules.get_smollm2.output.weights]
     return [f"{path}/config.json"]
+
+
+def greenctx_proof(wildcards):
+    """A cell on a partition waits for its proof. ancient: a proof made again is no reason to measure again."""
+    if not CELLS[wildcards.cell].greenctx:
+        return []
+    # str: ancient() marks the very object it is given, and the report does want a new proof.
+    return ancient(str(rules.verify_greenctx.output))
 
 
 def recorded_reports(wildcards):

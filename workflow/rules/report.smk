@@ -6,6 +6,7 @@ rule render_report:
         rows="{results}/rows.jsonl",
         status="{results}/status.json",
         plan=plan_of,
+        proof=proof_of,
         figures=expand(
             "{{results}}/figures/{figure}.{kind}", figure=FIGURES, kind=["svg", "csv"]
         ),
@@ -25,11 +26,14 @@ rule render_report:
         "../../envs/cpu.yaml"
     params:
         plan=lambda wildcards, input: f"--plan {input.plan}" if input.plan else "",
+        proof=lambda wildcards, input: (
+            f"--greenctx {input.proof}" if input.proof else ""
+        ),
         templates=lambda wildcards, input: os.path.commonpath(input.templates),
     message:
         "Writing {output}"
     shell:
-        "python {input.script} --rows {input.rows} --status {input.status} {params.plan}"
+        "python {input.script} --rows {input.rows} --status {input.status} {params.plan} {params.proof}"
         " --figures {wildcards.results}/figures --templates {params.templates} --output {output} 2> {log}"
 
 

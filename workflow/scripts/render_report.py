@@ -56,6 +56,19 @@ def distinct(values: Any) -> list[Any]:
     return list(seen.values())
 
 
+def partition_facts(proof: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One line of `fastcache prove-greenctx`'s record: status, provider, the (main, compress) SMs of each split."""
+    if proof is None:
+        return None
+    granted = [(split["granted_sms"]["main"], split["granted_sms"]["compress"]) for split in proof["splits"]]
+    return {
+        "status": proof["status"],
+        "reason": proof["reason"],
+        "provider": proof.get("provider"),
+        "granted": [f"{main}/{compress}" for main, compress in granted],
+    }
+
+
 def spread_facts(rows: Sequence[Row]) -> dict[str, Any]:
     """What every caption states: how many cells, how many repeats, how far repeats differ, what failed."""
     measured = [row for row in rows if row["status"] == "ok"]
@@ -108,7 +121,11 @@ def templates(folder: Path) -> jinja2.Environment:
 
 
 def context(
-    rows: Sequence[Row], status: dict[str, Any], plan: dict[str, Any], figures: Path
+    rows: Sequence[Row],
+    status: dict[str, Any],
+    plan: dict[str, Any],
+    figures: Path,
+    proof: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything the templates may name."""
     pairs = findings.comparisons(rows)
@@ -121,6 +138,7 @@ def context(
         "overall": findings.group_summary(pairs),
         "variants": findings.by_variant(rows),
         "facts": environment_facts(rows),
+        "partition": partition_facts(proof),
         "spread": spread_facts(rows),
         "discussion": discussion.paragraphs(rows),
         "rows": rows,
@@ -142,12 +160,14 @@ def main() -> None:
     for option in ("--rows", "--status", "--figures", "--templates", "--output"):
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--plan", type=Path)
+    parser.add_argument("--greenctx", type=Path, help="what `fastcache prove-greenctx` wrote")
     args = parser.parse_args()
     lines = args.rows.read_text(encoding="utf-8").splitlines()
     plan = json.loads(args.plan.read_text(encoding="utf-8")) if args.plan else {"config": {}, "excluded": []}
+    proof = json.loads(args.greenctx.read_text(encoding="utf-8")) if args.greenctx else None
     status = json.loads(args.status.read_text(encoding="utf-8"))
     page = templates(args.templates).get_template("report.html.j2")
-    html = page.render(context([json.loads(line) for line in lines], status, plan, args.figures))
+    html = page.render(context([json.loads(line) for line in lines], status, plan, args.figures, proof))
     part = args.output.with_suffix(".part")
     part.write_text(html, encoding="utf-8")
     os.replace(part, args.output)

@@ -29,7 +29,10 @@ def at_speed(factor: float, spread: float = 0.02, repeats: int = 3) -> list[dict
     ("rows", "says"),
     [
         (at_speed(1.3), f"Compression pays in speed here: the median throughput is 1.30{findings.TIMES}"),
-        (at_speed(0.8), f"Compression does not pay in speed here: the median throughput is 0.80{findings.TIMES}"),
+        (
+            at_speed(0.8),
+            f"Compression does not pay in speed here: the median throughput is 0.80{findings.TIMES}",
+        ),
         (at_speed(1.01), "Compression makes no consistent difference in speed here"),
         (at_speed(1.3, repeats=1), "With a single repeat per cell, speed cannot be told from noise"),
         (enrich([failed_row(cell) for cell in CELLS]), "nothing to conclude"),

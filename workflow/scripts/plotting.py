@@ -202,14 +202,23 @@ def legend(fig: Figure, series: Sequence[str], settings: Sequence[str] = ()) -> 
     fig.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), 5), handletextpad=0.3)
 
 
-def run(name: str, draw: Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]]) -> None:
+Draw = Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]]
+
+
+def save(name: str, draw: Draw, rows: Path, svg: Path, csv: Path) -> None:
+    """The figure and the numbers it shows; equal rows give equal bytes."""
+    plt.rcParams["svg.hashsalt"] = name  # element ids from content, not from chance
+    figure, points = draw(frame(read_rows(rows)))
+    figure.savefig(svg.with_suffix(".part"), format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    os.replace(svg.with_suffix(".part"), svg)
+    points.to_csv(csv, index=False, lineterminator="\n")
+
+
+def run(name: str, draw: Draw) -> None:
     """The command line of every figure: `--rows rows.jsonl --svg out.svg --csv out.csv`."""
     parser = argparse.ArgumentParser(description=f"Draw the figure '{name}' from the table's rows.")
     for option in ("--rows", "--svg", "--csv"):
         parser.add_argument(option, type=Path, required=True)
     args = parser.parse_args()
-    plt.rcParams["svg.hashsalt"] = name  # element ids from content, not from chance
-    figure, points = draw(frame(read_rows(args.rows)))
-    figure.savefig(args.svg.with_suffix(".part"), format="svg", metadata={"Date": None, "Creator": None})
-    os.replace(args.svg.with_suffix(".part"), args.svg)
-    points.to_csv(args.csv, index=False, lineterminator="\n")
+    save(name, draw, args.rows, args.svg, args.csv)

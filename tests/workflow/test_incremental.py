@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 from conftest import ROOT, Workplace
+from test_graph import jobs
 
 COPIED = ("envs", "fastcache", "workflow", "report", "config", "Snakefile")
 
@@ -63,13 +64,9 @@ def test_an_edited_engine_is_measured_again_and_an_edited_plot_is_only_drawn_aga
     assert len(place.measured()) == 2
     append(checkout / "workflow/scripts/plot_latency.py", "\n# another colour\n")
     append(checkout / "fastcache/bench/table.py", "\n# another column\n")
-    output = succeed(place.snakemake())
+    done = set(jobs(succeed(place.snakemake())))
     assert place.measured() == []
-    assert (
-        "rule plot_latency" in output
-        and "rule render_report" in output
-        and "rule plot_throughput" not in output
-    )
+    assert {"plot_latency", "render_report"} <= done and "plot_throughput" not in done
     append(checkout / "fastcache/engine/scheduler.py", "\n# another policy\n")
     succeed(place.snakemake())
     assert len(place.measured()) == 2

@@ -62,6 +62,7 @@ def test_the_discussion_counts_what_it_says():
     asked = sum(cell.greenctx for cell in CELLS)
     assert f"0 of the {asked} measured cells" in said["Green contexts"]
     assert f"({asked} cells)" in said["Green contexts"]
+    assert "the range of their medians, 1.30" in said["Green contexts"]
 
 
 def test_decisions_are_reported_only_where_none_were_made():

@@ -123,7 +123,22 @@ def _green_contexts(rows: Sequence[Row]) -> str:
             " Their variants therefore ran without any split, and differ from compression-only in nothing that a "
             "partition could cause."
         )
+        text += _same_work(rows)
     return text
+
+
+def _same_work(rows: Sequence[Row]) -> str:
+    """Without partitions and decisions all compressed variants do the same, which makes them a control."""
+    groups = grouped(
+        [pair for pair in comparisons(rows) if pair.row["policy"] == "fixed"], lambda row: row["variant"]
+    )
+    if len(groups) < 2 or any(row["policy"] == "auto" for row in rows):
+        return ""
+    low, high = (times(pick(group["speedup"] for group in groups.values())) for pick in (min, max))
+    return (
+        f" Since all of them did the same work, the range of their medians, {low} to {high}, measures the noise "
+        "between cells, and no smaller difference means anything here."
+    )
 
 
 def _decisions(rows: Sequence[Row]) -> str:

@@ -59,40 +59,11 @@ def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[list[int]
 def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limits: dict[str, float]) -> dict:
     """One workload: a short warm-up at the same batch size, then `repeats` timed runs on fresh prompts."""
     vocab = llm.model_config.vocab_size
-    params = SamplingParams(max_tokens=output, ignore_eos=True)
     llm.generate(prompts_of(batch, context, vocab, 10_000), SamplingParams(max_tokens=3, ignore_eos=True))
-    runs = []
-    for repeat in range(repeats):
-        prompts = prompts_of(batch, context, vocab, repeat)
-        llm.reset_stats()
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params)
-        wall = time.perf_counter() - start
-        stats = llm.stats()
-        assert all(len(o.token_ids) == output for o in outputs)
-        runs.append(
-            {
-                "wall_s": wall,
-                "total_tok_s": batch * (context + output) / wall,
-                "prefill_tok_s": stats.prefill_tokens / stats.prefill_time_s,
-                "decode_ms_step": 1e3 * stats.decode_time_s / max(stats.decode_steps, 1),
-                "decode_steps": stats.decode_steps,
-                "mean_running": stats.decode_tokens / max(stats.decode_steps, 1),
-                "peak_running": stats.peak_running,
-                "preemptions": stats.preemptions,
-            }
-        )
+    runs = [timed_run(llm, prompts_of(batch, context, vocab, repeat), output) for repeat in range(repeats)]
     runs.sort(key=lambda run: run["wall_s"])
     middle = runs[(len(runs) - 1) // 2]
-    parameters = sum(p.numel() for p in llm._runner.model.layers.parameters())
-    config = llm.model_config
-    attention = (
-        2 * config.num_heads * config.head_dim * context * config.num_layers
-    )  # causal: half of 4 H d N
-    flops = 2 * parameters + attention
-    kept = context if llm.config.compression is None else outputs[0].metrics.kv_len_after
-    kv = llm.describe()["kv_bytes_per_token"] * (kept + output / 2) * middle["mean_running"]
-    step_bytes = 2 * (parameters + config.vocab_size * config.hidden_size) + kv
+    flops, step_bytes = work(llm, context, middle["kept"] + output / 2, middle["mean_running"])
     return {
         "workload": f"{batch}x{context}+{output}",
         **middle,
@@ -101,6 +72,37 @@ def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limit
         "repeats": [run["total_tok_s"] for run in runs],
         "weights": "dummy",
     }
+
+
+def timed_run(llm: LLM, prompts: list[list[int]], output: int) -> dict:
+    llm.reset_stats()
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=output, ignore_eos=True))
+    wall = time.perf_counter() - start
+    stats = llm.stats()
+    assert all(len(o.token_ids) == output for o in outputs)
+    return {
+        "wall_s": wall,
+        "total_tok_s": len(prompts) * (len(prompts[0]) + output) / wall,
+        "prefill_tok_s": stats.prefill_tokens / stats.prefill_time_s,
+        "decode_ms_step": 1e3 * stats.decode_time_s / max(stats.decode_steps, 1),
+        "decode_steps": stats.decode_steps,
+        "mean_running": stats.decode_tokens / max(stats.decode_steps, 1),
+        "peak_running": stats.peak_running,
+        "preemptions": stats.preemptions,
+        "kept": outputs[0].metrics.kv_len_after or len(prompts[0]),
+    }
+
+
+def work(llm: LLM, context: int, kv_len: float, running: float) -> tuple[float, float]:
+    """(FLOPs per prefilled token, bytes per decode step): matrix products and attention, weights and KV."""
+    config, facts = llm.model_config, llm.describe()
+    head = config.vocab_size * config.hidden_size
+    layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
+    attention = (
+        2 * config.num_heads * config.head_dim * context * config.num_layers
+    )  # causal: half of 4 H d N
+    return 2 * layers + attention, 2 * (layers + head) + facts["kv_bytes_per_token"] * kv_len * running
 
 
 def main() -> None:

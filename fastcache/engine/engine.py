@@ -45,7 +45,7 @@ class LLM:
     def add_request(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         arrival_s: float | None = None,
         context_len: int | None = None,
@@ -55,7 +55,7 @@ class LLM:
         `context_len`: how many leading tokens compression may shrink (default: the whole prompt).
         """
         tokens = self._tokens_of(prompt)
-        params = params or SamplingParams()
+        params = sampling_params or SamplingParams()
         number = next(self._ids)
         request_id = str(number) if request_id is None else request_id
         if request_id in self._live:
@@ -178,11 +178,14 @@ class LLM:
         )
 
     def generate(
-        self, prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Many[Prompt],
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Run prompts to the end; outputs in the order of the prompts."""
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
             prompts = [prompts]
+        params = sampling_params
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         require(

@@ -110,7 +110,7 @@ def test_prefix_caching_computes_less_and_changes_nothing(llama):
     llm = LLM(folder, device="cpu", page_size=4, num_pages=200, enable_prefix_caching=True)
     first = llm.generate([shared], greedy(24))
     assert llm.stats().prefix_hit_tokens == 0
-    again = llm.generate([shared, shared + [9, 9, 9], *prompts], greedy(24))
+    again = llm.generate([shared, [*shared, 9, 9, 9], *prompts], greedy(24))
     assert first[0].token_ids == again[0].token_ids == again[4].token_ids == want[2]
     assert [o.token_ids for o in again[2:]] == want
     assert again[0].metrics.cached_tokens == 40  # ten full pages of the 41 tokens; the last token is computed

@@ -26,6 +26,10 @@ from fastcache.bench.provenance import git_commit, source_digest  # noqa: E402
 from fastcache.device.info import device_info, versions  # noqa: E402
 
 log = logging.getLogger("engine_speed")
+LINE = (
+    "{workload:14} {total_tok_s:8.0f} tok/s  prefill {prefill_tok_s:6.0f} tok/s (MFU {prefill_mfu:.2f})  "
+    "decode {decode_ms_step:5.2f} ms/step (MBU {decode_mbu:.2f})  running {peak_running}  preempted {preemptions}"
+)
 
 
 def ceilings() -> dict[str, float]:
@@ -105,7 +109,7 @@ def work(llm: LLM, context: int, kv_len: float, running: float) -> tuple[float, 
     return 2 * layers + attention, 2 * (layers + head) + facts["kv_bytes_per_token"] * kv_len * running
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,7 +120,11 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--compression", type=json.loads, help="a JSON object")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     llm = LLM(
         args.model,
@@ -148,13 +156,7 @@ def main() -> None:
         for workload in args.workloads:
             sizes = [int(n) for n in re.fullmatch(r"(\d+)x(\d+)\+(\d+)", workload).groups()]
             row = measure(llm, *sizes, args.repeats, limits)
-            log.info(
-                "%-14s %8.0f tok/s  prefill %6.0f tok/s (MFU %.2f)  decode %5.2f ms/step (MBU %.2f)  "
-                "running %d  preempted %d  repeats %s",
-                row["workload"], row["total_tok_s"], row["prefill_tok_s"], row["prefill_mfu"],
-                row["decode_ms_step"], row["decode_mbu"], row["peak_running"], row["preemptions"],
-                [round(value) for value in row["repeats"]],
-            )  # fmt: skip
+            log.info(LINE.format(**row))
             rows.write(json.dumps({**row, **facts}) + "\n")
             rows.flush()
 

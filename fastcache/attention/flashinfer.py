@@ -19,8 +19,7 @@ WORKSPACE_BYTES = 256 * 2**20
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 HOPPER = 9
-# Queries that share a KV head form one tile: measured 2.92 against 2.73 TB/s at 64 x 4000 on an H100, 2.93 against
-# 2.50 at 144 x 2500, half the time at batch 1, and 3 % slower only at 256 x 500.
+# Queries that share a KV head form one tile of a matrix product. docs/performance.md has the step times of both.
 TENSOR_CORES = True
 
 

@@ -41,7 +41,6 @@ TORCH_FREE = ("", ".config", ".errors", ".cli", *(f".{name}" for name in sorted(
 FILE_LINES, FUNCTION_LINES = 275, 45
 LONGER = {
     "fastcache/engine/build.py:build": "one constructor call after another, nothing to decide",
-    "bench/engine_speed.py:main": "one command-line option after another",
 }
 
 

@@ -19,7 +19,7 @@ from fastcache.bench import models
 from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.metrics import Round, summarise
 from fastcache.bench.prompts import Vocabulary
-from fastcache.bench.row import blank_row, failure, write_json
+from fastcache.bench.row import PARTITION_FIELDS, blank_row, failure, write_json
 from fastcache.bench.supervise import die_with_parent
 from fastcache.bench.workload import Batch, make_plan, shareable_tokens
 from fastcache.config import CompressionConfig, PartitionConfig, SamplingParams, ratio_of_factor
@@ -39,16 +39,6 @@ log = logging.getLogger(__name__)
 CPU_WARMUP_TOKENS = 16
 NOISY_SPREAD = 0.1
 BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times
-PARTITION_FIELDS = (
-    "greenctx_available",
-    "greenctx_reason",
-    "greenctx_provider",
-    "greenctx_exclusive",
-    "greenctx_granted_from",
-    "greenctx_attempts",
-    "requested_sms",
-    "granted_sms",
-)
 FIXED_POLICY = (
     "variant {variant!r} ran with the fixed policy: the compression and the SM split of this row were given, "
     "not decided by the engine"

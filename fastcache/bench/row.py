@@ -19,9 +19,7 @@ from fastcache.device.info import versions
 from fastcache.errors import OutputPathError
 
 STATUSES = ("ok", "oom", "unsupported", "timeout", "crashed", "failed")
-MEASURED = (
-    "text_source",
-    "attention_backend",
+PARTITION_FIELDS = (
     "greenctx_available",
     "greenctx_reason",
     "greenctx_provider",
@@ -30,6 +28,11 @@ MEASURED = (
     "greenctx_attempts",
     "requested_sms",
     "granted_sms",
+)
+MEASURED = (
+    "text_source",
+    "attention_backend",
+    *PARTITION_FIELDS,
     "context_used",
     "output_used",
     "max_model_len",

@@ -153,6 +153,7 @@ def _measured(cell: CellConfig) -> dict[str, Any]:
         "shareable_prefix_tokens": 0,
         "preemptions": 0,
         "peak_running": cell.batch_size,
+        "host_busy": False,
         "output_sample": [
             [
                 (7 * i + j) % 97 if j < 20 or not cell.compressed else 98

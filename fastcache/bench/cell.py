@@ -90,7 +90,9 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
         "peak_memory_bytes": memory,
         "shareable_prefix_tokens": shareable_tokens(prompts, cell.page_size),
     }
-    row["notes"] = plan.notes + notes(cell, row) + busy_host(row["device"], busy)
+    said = busy_host(row["device"], busy)
+    row["host_busy"] = bool(said)
+    row["notes"] = plan.notes + notes(cell, row) + said
 
 
 def engine_options(cell: CellConfig) -> dict[str, Any]:

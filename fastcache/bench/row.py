@@ -59,6 +59,7 @@ MEASURED = (
     "shareable_prefix_tokens",
     "preemptions",
     "peak_running",
+    "host_busy",
     "output_sample",
     "weights",
     "dtype",

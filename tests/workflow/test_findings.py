@@ -86,3 +86,29 @@ def test_judge_tells_expected_from_unexpected_and_missing():
     assert [f["cell_id"] for f in status["expected"]] == [ids[0]]
     assert [f["cell_id"] for f in status["unexpected"]] == [ids[1]]
     assert status["unmet_expectations"] == [{"cell": ids[2], "status": "timeout", "ended": ["ok"]}]
+
+
+def test_a_busy_machine_is_compared_with_nothing():
+    rows = at_speed(2.0)
+    cell = next(row for row in rows if row["variant"] == "compression-only")
+    cell["host_busy"] = True
+    kept = findings.comparisons(rows)
+    assert all(pair.row is not cell for pair in kept) and len(kept) == len(findings.pairs_of(rows)) - 1
+    assert f"1 of {len(kept) + 1} comparisons are left out" in findings.headline(rows)
+    for each in rows:
+        each["host_busy"] = True
+    assert findings.comparisons(rows) == []
+    assert "nothing to conclude" in findings.headline(rows) and "left out" in findings.headline(rows)
+
+
+def test_cells_that_did_the_same_work_are_the_measure_of_noise():
+    rows = at_speed(1.2)
+    assert all(pair.verdict == "faster" for pair in findings.comparisons(rows))
+    twin = next(row for row in rows if row["variant"] == "triad")
+    twin["throughput_tok_s"] *= 2
+    same = [pair for pair in findings.comparisons(rows) if pair.row["baseline_id"] == twin["baseline_id"]]
+    others = [pair for pair in same if pair.row is not twin and pair.row["method"] == twin["method"]]
+    assert others and all(pair.verdict == "same" for pair in others)
+    for each in rows:
+        each["greenctx_available"] = each["greenctx"] or None
+    assert all(pair.verdict == "faster" for pair in findings.comparisons(rows))

@@ -18,16 +18,24 @@ class Comparison:
 
     row: Row
     baseline: Row
+    control: float = 0.0  # how far apart cells are that did the same work as `row`, relative to their median
 
     @property
     def speedup(self) -> float:
         return self.row["speedup_vs_baseline"]
 
     @property
+    def disturbed(self) -> bool:
+        """One of the two was measured while something else kept the CPU busy: they cannot be compared."""
+        return bool(self.row.get("host_busy") or self.baseline.get("host_busy"))
+
+    @property
     def noise(self) -> float | None:
-        """Largest relative spread of the two; None when a single repeat cannot show any."""
+        """Largest of the two relative spreads and the control; None when a single repeat cannot show any."""
         both = (self.row["repeats"], self.baseline["repeats"])
-        return max(r["spread"] for r in both) if all(len(r["values"]) > 1 for r in both) else None
+        if any(len(r["values"]) < 2 for r in both):
+            return None
+        return max(self.control, *(r["spread"] for r in both))
 
     @property
     def verdict(self) -> str:
@@ -44,14 +52,43 @@ class Comparison:
         return ours["p50"] / theirs["p50"] if ours and theirs and theirs["p50"] else None
 
 
-def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+def pairs_of(rows: Sequence[Row]) -> list[Comparison]:
     """Every pair in which both sides have numbers."""
     by_id = {row["cell_id"]: row for row in rows}
+    same_work: dict[Any, list[float]] = {}
+    for row in rows:
+        if row["throughput_tok_s"] is not None:
+            same_work.setdefault(_work(row), []).append(row["throughput_tok_s"])
+    control = {key: (max(them) - min(them)) / median(them) for key, them in same_work.items()}
     return [
-        Comparison(row, by_id[row["baseline_id"]])
+        Comparison(row, by_id[row["baseline_id"]], control[_work(row)])
         for row in rows
         if row["speedup_vs_baseline"] is not None and row["cell_id"] != row["baseline_id"]
     ]
+
+
+def _work(row: Row) -> tuple[Any, ...]:
+    """What a cell computed: variants without a partition and without decisions of their own differ in name only."""
+    alone = row["greenctx_available"] or row["policy"] == "auto"
+    options = (row["method"], row["compression_factor"], str(row["cell"].get("method_params")))
+    return (row["baseline_id"], *options, row["cell_id"] if alone else None)
+
+
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """The pairs that can be compared: both sides have numbers, and the machine was theirs."""
+    return [pair for pair in pairs_of(rows) if not pair.disturbed]
+
+
+def left_out(rows: Sequence[Row]) -> str:
+    """How many pairs a busy machine spoilt, in a sentence; empty if none."""
+    pairs = pairs_of(rows)
+    spoilt = sum(pair.disturbed for pair in pairs)
+    if not spoilt:
+        return ""
+    return (
+        f" {spoilt} of {count(len(pairs), 'comparison')} are left out, because another process kept the CPU busy "
+        "while one side was measured: close other programs and measure those cells again."
+    )
 
 
 def middle(values: Iterable[float | None]) -> float | None:
@@ -113,12 +150,15 @@ def headline(rows: Sequence[Row]) -> str:
     """Does it pay, by how much, and at what agreement: one or two sentences."""
     pairs = comparisons(rows)
     if not pairs:
-        return "No cell can be compared with its baseline, so there is nothing to conclude from this run."
+        return (
+            "No cell can be compared with its baseline, so there is nothing to conclude from this run."
+            + left_out(rows)
+        )
     all_of = group_summary(pairs)
     best = max(pairs, key=lambda pair: pair.speedup)
     span = f"the median throughput is {times(all_of['speedup'])} the baseline's over {count(len(pairs), 'comparison')}"
     top = f"at best {times(best.speedup)} ({describe(best.row)})"
-    return f"{_answer(all_of['verdicts'], all_of['speedup'])}: {span}, {top}. {_price(rows, all_of)}"
+    return f"{_answer(all_of['verdicts'], all_of['speedup'])}: {span}, {top}. {_price(rows, all_of)}{left_out(rows)}"
 
 
 def _answer(verdicts: Counter[str], speedup: float) -> str:

@@ -34,8 +34,8 @@ from fastcache.errors import (
 
 log = logging.getLogger(__name__)
 
-# A GPU compiles, captures and grows its allocations with every new length, so it warms up on a whole batch: on an
-# H100 the first round of that length ran at half the speed of the second. A CPU has nothing of the kind.
+# A GPU compiles, captures and grows its allocations with every new length, so it warms up on a whole batch. A CPU
+# has nothing of the kind.
 CPU_WARMUP_TOKENS = 16
 NOISY_SPREAD = 0.1
 BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times

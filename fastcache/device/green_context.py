@@ -1,7 +1,7 @@
 """Split the GPU's SMs between the main and the compression stream, and say exactly what was granted.
 
 `partition(config, device)` tries the providers in order; the first that works wins and every attempt is kept.
-A pair is made once per (device, split) and cached for the process: each costs 8 to 15 MiB that even an ordered
+A pair is made once per (device, split) and cached for the process: each costs 11 to 15 MiB that even an ordered
 teardown does not give back, so changing the split means picking another cached pair.
 
 Where no provider works the streams are plain ones and the partition says so: a recorded fact with its reason,

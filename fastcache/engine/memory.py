@@ -16,13 +16,14 @@ from fastcache.models.llama import Llama
 # On the CPU the pool may use this share of the memory that is free, but needs no more than a batch fills.
 CPU_POOL_SHARE = 0.25
 CPU_PREFILL_TOKENS = 2_048
-# One step's prefill: beyond 32k tokens GEMMs gain nothing more (measured on an H100), below 2k they lose.
+# Bounds of one step's prefill, and the share of the memory beside the weights that its activations may take. Larger
+# steps fill the matrix units better and leave fewer pages; docs/performance.md has 16k against 32k tokens.
 MIN_PREFILL_TOKENS, MAX_PREFILL_TOKENS = 2_048, 32_768
 ACTIVATION_SHARE = 0.12
 # CUDA graphs, the attention workspace, allocator rounding: kept free beside what the profiling pass saw.
 CUDA_RESERVE_BYTES = 1_200 * 2**20
-# A compressed prefill holds gathered keys and values, their scores and the kept copy of one layer: measured
-# in cells of one token's entries of one layer.
+# What a compressed prefill holds beside the pool, in copies of the step's keys and values of one layer: gathered
+# pages, the same in the order of heads, the kept entries, and the scores in float32. Counted, then rounded up.
 COMPRESSION_COPIES = 6
 
 

@@ -7,7 +7,6 @@ Two lengths, both named, run through everything here:
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -104,7 +103,6 @@ class Chunk:
     sample: bool
     kept: int = 0
     fresh_pages: tuple[int, ...] = ()
-    old_pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,4 +210,3 @@ class EngineStats:
     compressed_sequences: int = 0
     too_short_to_compress: int = 0
     pages_freed: int = 0
-    started_s: float = field(default_factory=time.perf_counter)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcache.compression.base import EvictionMethod, LayerKV, budget, select
 from fastcache.compression.repack import repack_layer
 from fastcache.core import HostBatch, Step
+from fastcache.device.streams import hand_over
 from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.pool import KVPool
 
@@ -95,15 +96,14 @@ class InlineCompressor:
         if self._stream is None:
             self._compress(layer, q)
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        q.record_stream(self._stream)
+        hand_over(torch.cuda.current_stream(), self._stream, q)
         with torch.cuda.stream(self._stream):
             self._compress(layer, q)
 
     def finish(self) -> None:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            hand_over(self._stream, torch.cuda.current_stream())
 
     def _compress(self, layer: int, q: Tensor) -> None:
         work = self._work

@@ -15,6 +15,7 @@ from fastcache.engine.batch import BatchBuilder, to_device, upload
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.cuda_graphs import DecodeGraphs
 from fastcache.engine.sampler import sample, sampling_batch
+from fastcache.errors import DeviceOutOfMemory
 from fastcache.kvcache.pool import KVPool
 from fastcache.models.llama import Llama
 
@@ -62,10 +63,19 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, step: Step, seeds: dict[str, int]) -> PendingTokens:
-        """Run `step` and return without waiting for the device. seeds: request id -> seed of its draws."""
+        """Run `step` and return without waiting for the device. seeds: request id -> seed of its draws.
+
+        Errors: `DeviceOutOfMemory`, after which the engine is to be closed.
+        """
         launched_s = time.perf_counter()
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            return self._launch(step, seeds, launched_s)
+        try:
+            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+                return self._launch(step, seeds, launched_s)
+        except torch.OutOfMemoryError as error:
+            raise DeviceOutOfMemory(
+                f"the device ran out of memory in a step of {step.num_tokens} tokens ({error}). Lower "
+                "gpu_memory_utilization, which leaves a step more room beside the KV pool, or max_num_batched_tokens."
+            ) from error
 
     def _launch(self, step: Step, seeds: dict[str, int], launched_s: float) -> PendingTokens:
         host = self.builder.build(step)

@@ -9,6 +9,7 @@ import pytest
 from fastcache import LLM, SamplingParams
 from fastcache.errors import (
     ConfigError,
+    DeviceOutOfMemory,
     ModelFolderError,
     OutOfPages,
     PromptTooLong,
@@ -109,6 +110,18 @@ def test_cancelling_frees_pages_at_once(llm):
         done += [output.request_id for output in llm.step()]
     assert sorted(done) == sorted([ids[0], ids[2]])
     llm.check_books()
+
+
+def test_a_device_out_of_memory_names_the_remedy(tiny_model, monkeypatch):
+    import torch
+
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    llm = LLM(tiny_model("llama", 4, 2, 16, 48, 2, False), device="cpu", page_size=4, num_pages=40)
+    monkeypatch.setattr(llm._runner.model, "forward", full)
+    with pytest.raises(DeviceOutOfMemory, match=r"2 GiB.*gpu_memory_utilization"):
+        llm.generate([[1, 2, 3]])
 
 
 def test_a_request_id_in_use(llm):

@@ -8,7 +8,16 @@ from typing import Any
 
 from fastcache.cli_types import count, number, positive_int
 from fastcache.compression.registry import METHODS
-from fastcache.config import DEVICES, DTYPES, LOAD_FORMATS, CompressionConfig, SamplingParams, one_of, require
+from fastcache.config import (
+    DEVICES,
+    DTYPES,
+    KV_DTYPES,
+    LOAD_FORMATS,
+    CompressionConfig,
+    SamplingParams,
+    one_of,
+    require,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compression-factor", type=number, help="5 keeps a fifth; needs --method")
     parser.add_argument("--load-format", default="auto", help=f"{' or '.join(LOAD_FORMATS)}")
     parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--kv-dtype", default="auto", help=f"what the KV pool stores: {' or '.join(KV_DTYPES)}"
+    )
     parser.add_argument("--device", default="auto", help=", ".join(DEVICES))
     parser.add_argument("--max-model-len", type=positive_int, help="tokens per sequence, prompt and output")
 
@@ -38,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     )
     options = {
         "dtype": args.dtype,
+        "kv_dtype": args.kv_dtype,
         "device": args.device,
         "load_format": args.load_format,
         "max_model_len": args.max_model_len,

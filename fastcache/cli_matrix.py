@@ -10,7 +10,7 @@ from fastcache.bench import models
 from fastcache.bench.matrix import VARIANTS, WORKLOADS, complete_split
 from fastcache.cli_types import count, names, number, positive_int, values
 from fastcache.compression.registry import METHODS
-from fastcache.config import DEVICES, DTYPES, LOAD_FORMATS, one_of, require
+from fastcache.config import DEVICES, DTYPES, KV_DTYPES, LOAD_FORMATS, one_of, require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +78,9 @@ def _add_method(group: Any) -> None:
 def _add_engine(group: Any) -> None:
     group.add_argument("--load-format", default="auto", help=f"{' or '.join(LOAD_FORMATS)} (seeded weights)")
     group.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    group.add_argument(
+        "--kv-dtype", default="auto", help=f"what the KV pool stores: {' or '.join(KV_DTYPES)}"
+    )
     group.add_argument("--device", default="auto", help=", ".join(DEVICES))
     group.add_argument("--gpu-mem-util", type=number, default=0.9, help="share of the GPU's memory to use")
     group.add_argument(
@@ -110,6 +113,7 @@ def matrix_config(args: argparse.Namespace) -> dict[str, Any]:
         },
         "engine": {
             "dtype": args.dtype,
+            "kv_dtype": args.kv_dtype,
             "device": args.device,
             "gpu_mem_util": args.gpu_mem_util,
             "max_model_len": args.max_model_len,

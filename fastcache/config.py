@@ -15,6 +15,7 @@ from typing import Any, Self
 from fastcache.errors import ConfigError, UnknownName
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 VARIANTS = ("baseline", "compression-only", "greenctx-only", "auto-tune+greenctx", "triad")
@@ -163,10 +164,12 @@ class EngineConfig(StrictConfig):
     `num_pages` None sizes the KV pool by itself: from `gpu_memory_utilization` on CUDA, and on the CPU for
     `max_num_seqs` sequences of `max_model_len`, bounded by a share of the free memory.
     `max_num_batched_tokens` None picks what saturates the device's matrix units.
+    `kv_dtype` is what the KV pool stores: "auto" the model's type, "fp8" e4m3 without a scale, half of bfloat16.
     """
 
     model: str
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
     page_size: int = 16
@@ -188,6 +191,7 @@ class EngineConfig(StrictConfig):
         if isinstance(self.partition, Mapping):
             object.__setattr__(self, "partition", PartitionConfig.from_dict(self.partition))
         one_of("dtype", self.dtype, ("auto", *DTYPES))
+        one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         one_of("device", self.device.split(":")[0], DEVICES)
         one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("page_size", "max_num_seqs"):

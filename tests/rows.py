@@ -93,6 +93,8 @@ def _identity(cell: CellConfig) -> dict[str, Any]:
         "peak_memory_bytes": 900_000_000,
         "weights": {"kind": "checkpoint", "sha256": "ab" * 32},
         "dtype": "float32",
+        "kv_dtype": "float32",
+        "kv_bytes_per_token": 46_080,
         "page_size": cell.page_size,
         "num_pages": 4096,
         "seed": cell.seed,

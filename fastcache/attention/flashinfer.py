@@ -51,13 +51,17 @@ class FlashInfer(AttentionBackend):
         self._lib = flashinfer
         prefill = "fa3" if torch.cuda.get_device_capability(pool.device)[0] == HOPPER else "fa2"
         self.name = f"flashinfer-{prefill}"
+        # FA3 wants queries and entries of one type; FA2 reads 8-bit pages under 16-bit queries.
+        from_pages = "fa2" if pool.shape.stored != pool.shape.dtype else prefill
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
             self._workspace, "NHD", backend=prefill
         )
-        self._paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=prefill)
+        self._paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            self._workspace, "HND", backend=from_pages
+        )
         self._eager = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, "HND", use_tensor_cores=TENSOR_CORES
+            self._workspace, "HND", use_tensor_cores=TENSOR_CORES, backend="fa2"
         )
         self._graph: dict[int, object] = {}
         self._planned = torch.cuda.Event()
@@ -86,6 +90,7 @@ class FlashInfer(AttentionBackend):
             "HND",
             use_cuda_graph=True,
             use_tensor_cores=TENSOR_CORES,
+            backend="fa2",
             paged_kv_indptr_buffer=buffer(size + 1),
             # Padded rows all read the scratch page, so a step can name more pages than the pool has.
             paged_kv_indices_buffer=buffer(self.pool.num_pages + size),
@@ -106,7 +111,7 @@ class FlashInfer(AttentionBackend):
         # plan writes its schedule to one pinned buffer: the copy of the step before must have left it.
         self._planned.synchronize()
         indptr, indices, last = self._pages(host)
-        h, dtype = self.heads, self.pool.shape.dtype
+        h = self.heads
         wrapper.plan(
             indptr,
             indices,
@@ -115,8 +120,8 @@ class FlashInfer(AttentionBackend):
             h.kv_heads,
             h.head_dim,
             self.pool.page_size,
-            q_data_type=dtype,
-            kv_data_type=dtype,
+            q_data_type=self.pool.shape.dtype,
+            kv_data_type=self.pool.shape.stored,
             sm_scale=self.scale,
         )
         self._planned.record()
@@ -126,19 +131,30 @@ class FlashInfer(AttentionBackend):
         self._planned.synchronize()
         h, dtype = self.heads, self.pool.shape.dtype
         cu_seqlens = torch.from_numpy(host.cu_seqlens_q.astype(np.int32)).pin_memory()
-        options = {"causal": True, "sm_scale": self.scale, "q_data_type": dtype, "kv_data_type": dtype}
+        options = {"causal": True, "sm_scale": self.scale, "q_data_type": dtype}
         if paged:
             indptr, indices, last = self._pages(host)
             size = self.pool.page_size
             wrapper = self._paged
             wrapper.plan(
-                cu_seqlens, indptr, indices, last, h.num_heads, h.kv_heads, h.head_dim, size, **options
+                cu_seqlens,
+                indptr,
+                indices,
+                last,
+                h.num_heads,
+                h.kv_heads,
+                h.head_dim,
+                size,
+                kv_data_type=self.pool.shape.stored,
+                **options,
             )
             self._run = lambda layer, q, k, v: wrapper.run(
                 q, (self.pool.keys[layer], self.pool.values[layer])
             )
         else:
-            self._ragged.plan(cu_seqlens, cu_seqlens, h.num_heads, h.kv_heads, h.head_dim, **options)
+            self._ragged.plan(
+                cu_seqlens, cu_seqlens, h.num_heads, h.kv_heads, h.head_dim, kv_data_type=dtype, **options
+            )
             self._run = lambda layer, q, k, v: self._ragged.run(q, k, v)
         self._planned.record()
 

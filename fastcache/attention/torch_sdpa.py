@@ -1,6 +1,8 @@
 """The reference backend: gather each sequence's pages, pad, and call torch's scaled_dot_product_attention.
 
-Works on any device and is the oracle of the fast backends. Query heads that share a KV head are laid side by
+Works on any device and is the oracle of the fast backends. Like them, prompts that start in a step attend their own
+keys and values as the model computed them; what was stored before is read back from the pool, which may hold fewer
+bits. Query heads that share a KV head are laid side by
 side as extra queries, so keys and values are never repeated.
 """
 
@@ -23,6 +25,8 @@ class TorchSDPA(AttentionBackend):
         q_lens = batch.cu_seqlens_q[1:] - starts
         self._max_q = int(np.diff(batch.host.cu_seqlens_q).max())
         self._max_kv = int(batch.host.kv_lens.max())
+        whole = bool((np.diff(batch.host.cu_seqlens_q) == batch.host.kv_lens).all())
+        self._own = whole and not batch.host.decode
         self._page_table = batch.page_table
         query = torch.arange(self._max_q, device=starts.device)
         entry = torch.arange(self._max_kv, device=starts.device)
@@ -37,7 +41,10 @@ class TorchSDPA(AttentionBackend):
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         h, (b, n) = self.heads, self._rows.shape
-        keys, values = self.pool.gather(layer, self._page_table, self._max_kv)
+        if self._own:
+            keys, values = (x[self._rows].transpose(1, 2) for x in (k, v))
+        else:
+            keys, values = self.pool.gather(layer, self._page_table, self._max_kv)
         padded = q[self._rows].view(b, n, h.kv_heads, h.group, h.head_dim)
         padded = padded.permute(0, 2, 3, 1, 4).reshape(b, h.kv_heads, h.group * n, h.head_dim)
         out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=self._mask, scale=self.scale)

@@ -113,6 +113,7 @@ def engine_options(cell: CellConfig) -> dict[str, Any]:
         "model": models.engine_source(cell.model, cell.model_path),
         "load_format": cell.load_format,
         "dtype": cell.dtype,
+        "kv_dtype": cell.kv_dtype,
         "device": cell.device,
         "page_size": cell.page_size,
         "max_model_len": cell.model_len,
@@ -133,6 +134,8 @@ def engine_facts(facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "attention_backend": facts["attention_backend"],
         "dtype": facts["dtype"],
+        "kv_dtype": facts["kv_dtype"],
+        "kv_bytes_per_token": facts["kv_bytes_per_token"],
         "num_pages": facts["num_pages"],
         "max_model_len": facts["max_model_len"],
         "weights": {name: facts["weights"][name] for name in ("kind", "sha256")},

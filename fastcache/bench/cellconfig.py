@@ -17,6 +17,7 @@ from fastcache.compression.registry import METHODS
 from fastcache.config import (
     DEVICES,
     DTYPES,
+    KV_DTYPES,
     LOAD_FORMATS,
     VARIANTS,
     PartitionConfig,
@@ -105,6 +106,7 @@ class CellConfig(StrictConfig):
     greenctx_main_stream: bool = False
     require_greenctx: bool = False
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     device: str = "auto"
     gpu_mem_util: float = 0.9
     page_size: int = 16
@@ -129,6 +131,7 @@ class CellConfig(StrictConfig):
         one_of("variant", self.variant, VARIANTS)
         one_of("load_format", self.load_format, LOAD_FORMATS)
         one_of("dtype", self.dtype, ("auto", *DTYPES))
+        one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         one_of("device", str(self.device).split(":")[0], DEVICES)
         for name in ("batch_size", "page_size", "repeats"):
             positive_int(name, getattr(self, name))
@@ -202,6 +205,8 @@ class CellConfig(StrictConfig):
         ]
         if self.method is not None:
             parts += [self.method, f"f{self.compression_factor:g}"]
+        if self.kv_dtype != "auto":
+            parts.append(self.kv_dtype)
         safe = "-".join(parts).replace("_", "-")
         return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in safe) + "-" + digest
 

@@ -9,8 +9,8 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
     batch_sizes:  [positive integers; a model's or a workload's own list comes before it]
     compression_factors: [numbers above 1]
     greenctx:     {splits: [{compress_ratio, main_ratio}], main_stream, require}
-    engine:       {dtype, device, gpu_mem_util, page_size, max_model_len, max_num_batched_tokens, num_pages,
-                   enable_prefix_caching, attention_backend, enforce_eager}
+    engine:       {dtype, kv_dtype, device, gpu_mem_util, page_size, max_model_len, max_num_batched_tokens,
+                   num_pages, enable_prefix_caching, attention_backend, enforce_eager}
     measure:      {repeats, warmup, seed, timeout_s}
 """
 
@@ -49,6 +49,7 @@ MATRIX_KEYS = (
 )
 ENGINE_KEYS = (
     "dtype",
+    "kv_dtype",
     "device",
     "gpu_mem_util",
     "page_size",

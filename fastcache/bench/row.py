@@ -63,6 +63,8 @@ MEASURED = (
     "output_sample",
     "weights",
     "dtype",
+    "kv_dtype",
+    "kv_bytes_per_token",
     "num_pages",
     "device",
 )

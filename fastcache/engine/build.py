@@ -33,6 +33,8 @@ from fastcache.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to e4m3 in hardware
+
 
 @dataclass
 class Parts:
@@ -54,6 +56,7 @@ class Parts:
         return {
             "device": str(self.runner.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "kv_dtype": str(pool.shape.stored).removeprefix("torch."),
             "attention_backend": backend.name,
             "ops": self.runner.model.ops.name,
             "weights": self.weights.to_dict(),
@@ -87,7 +90,8 @@ def build(config: EngineConfig) -> Parts:
         model_config, config.model, config.load_format, dtype, device, max_model_len, config.seed
     )
     heads = HeadShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
-    shape = KVShape(model_config.num_layers, heads.kv_heads, heads.head_dim, dtype)
+    stored = resolve_kv_dtype(config.kv_dtype, dtype, device)
+    shape = KVShape(model_config.num_layers, heads.kv_heads, heads.head_dim, dtype, stored)
     pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device)
     pool = KVPool(shape, pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
@@ -138,6 +142,18 @@ def resolve_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.
     if name == "auto":
         name = "float32" if device.type == "cpu" else model.dtype
     return getattr(torch, name)
+
+
+def resolve_kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the pool stores. Errors: `UnsupportedCombination` for fp8 on a GPU that cannot convert to it."""
+    if name == "auto":
+        return dtype
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UnsupportedCombination(
+            f"kv_dtype is 'fp8', and {torch.cuda.get_device_name(device)} does not convert to it; allowed is a GPU of "
+            "compute capability 8.9 or later, or kv_dtype 'auto'."
+        )
+    return torch.float8_e4m3fn
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -84,7 +84,7 @@ def _cuda_bytes(
 ) -> int:
     peak = _peak_activation_bytes(model, tokens_per_step, config.max_num_seqs, device)
     if config.compression is not None:
-        peak += COMPRESSION_COPIES * tokens_per_step * shape.bytes_per_token // shape.num_layers
+        peak += COMPRESSION_COPIES * tokens_per_step * shape.layer_bytes
     free, total = torch.cuda.mem_get_info(device)
     in_use = total - free
     return int(total * config.gpu_memory_utilization) - in_use - peak - CUDA_RESERVE_BYTES

@@ -17,16 +17,44 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one token stores. Sizes in entries; `bytes_per_token` counts keys and values of all layers."""
+    """What one token stores. Sizes in entries; byte counts are of keys and values together.
+
+    dtype: what the model computes in. stored: what the pool holds, by default the same; or float8_e4m3fn, which
+    is cast to without a scale, clamped to its largest value.
+    """
 
     num_layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    stored: torch.dtype = None
+
+    def __post_init__(self) -> None:
+        if self.stored is None:
+            object.__setattr__(self, "stored", self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        """What a token takes in the pool, all layers."""
+        return 2 * self.num_layers * self.kv_heads * self.head_dim * self.stored.itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        """What a token's keys and values of one layer take as the model computes them."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def to_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as the pool stores it: values beyond the largest of an 8-bit type become that one, never NaN."""
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
+
+
+def _indexable(x: Tensor) -> Tensor:
+    """Indexing is not there for 8-bit floats on every torch; bytes move the same."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -45,7 +73,7 @@ class KVPool:
     def __init__(self, shape: KVShape, num_pages: int, page_size: int, device: torch.device) -> None:
         self.shape, self.num_pages, self.page_size, self.device = shape, num_pages, page_size, device
         size = (shape.num_layers, num_pages, shape.kv_heads, page_size, shape.head_dim)
-        self.keys, self.values = _zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device)
+        self.keys, self.values = _zeros(size, shape.stored, device), _zeros(size, shape.stored, device)
         self._write_fast = None
         if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
             from fastcache.kvcache.write_triton import write_kv
@@ -57,34 +85,37 @@ class KVPool:
         return self.shape.bytes_per_token * self.page_size
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-        """Store new entries. keys, values: (T, kv_heads, head_dim); slot_mapping: (T,) int64."""
+        """Store new entries. keys, values: (T, kv_heads, head_dim), model dtype; slot_mapping: (T,) int64."""
         if self._write_fast is not None:
             self._write_fast(self.keys[layer], self.values[layer], keys, values, slot_mapping)
             return
         pages, offsets = slot_mapping // self.page_size, slot_mapping % self.page_size
-        self.keys[layer][pages, :, offsets] = keys
-        self.values[layer][pages, :, offsets] = values
+        for pool, new in ((self.keys, keys), (self.values, values)):
+            _indexable(pool[layer])[pages, :, offsets] = _indexable(to_stored(new, pool.dtype))
 
     def gather(self, layer: int, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` entries of each sequence, padded with whatever its last pages hold.
 
-        page_table: (B, max_pages) int. Returns keys and values, each (B, kv_heads, length, head_dim).
+        page_table: (B, max_pages) int. Returns keys and values, each (B, kv_heads, length, head_dim), model dtype.
         """
         num_pages = -(-length // self.page_size)
         table = page_table[:, :num_pages].long()
         out = []
         for pool in (self.keys, self.values):
-            pages = pool[layer][table]  # (B, num_pages, kv_heads, page_size, head_dim)
-            out.append(pages.transpose(1, 2).flatten(2, 3)[:, :, :length])
+            pages = _indexable(pool[layer])[table].view(
+                pool.dtype
+            )  # (B, num_pages, kv_heads, page_size, head_dim)
+            out.append(pages.to(self.shape.dtype).transpose(1, 2).flatten(2, 3)[:, :, :length])
         return out[0], out[1]
 
     def write_kept(self, layer: int, keys: Tensor, values: Tensor, page_table: Tensor) -> None:
         """Store whole caches of B sequences from slot 0 of their pages on.
 
-        keys, values: (B, kv_heads, K, head_dim), K a multiple of page_size; page_table: (B, K / page_size),
-        with the scratch page where a sequence has fewer pages.
+        keys, values: (B, kv_heads, K, head_dim), model dtype, K a multiple of page_size.
+        page_table: (B, K / page_size), with the scratch page where a sequence has fewer pages.
         """
         b, heads, _, dim = keys.shape
         table = page_table.long()
         for pool, new in ((self.keys, keys), (self.values, values)):
-            pool[layer][table] = new.view(b, heads, table.shape[1], self.page_size, dim).transpose(1, 2)
+            pages = to_stored(new, pool.dtype).view(b, heads, table.shape[1], self.page_size, dim)
+            _indexable(pool[layer])[table] = _indexable(pages).transpose(1, 2)

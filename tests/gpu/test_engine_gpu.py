@@ -69,17 +69,20 @@ def test_norm_and_rotation_match_the_reference(heads, norm):
         assert relative_error(a, b) < 1e-2
 
 
-def test_kv_write_matches_the_reference():
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kv_write_matches_the_reference(stored):
     from fastcache.kvcache.pool import KVPool, KVShape
 
-    shape = KVShape(2, 3, 64, torch.bfloat16)
+    shape = KVShape(2, 3, 64, torch.bfloat16, stored)
     fast, slow = (KVPool(shape, 20, 16, torch.device("cuda")) for _ in range(2))
     slow._write_fast = None
-    k, v = (torch.randn(40, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    # Wide enough that some values are beyond the largest of e4m3.
+    k, v = (200 * torch.randn(40, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     slots = torch.randperm(320, device="cuda")[:40]
     for pool in (fast, slow):
         pool.write(1, k, v, slots)
-    assert torch.equal(fast.keys, slow.keys) and torch.equal(fast.values, slow.values)
+    for got, want in ((fast.keys, slow.keys), (fast.values, slow.values)):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 def run(folder, prompts, count, **options):
@@ -95,13 +98,14 @@ def prompts():
     return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 100, 333)]
 
 
-def test_flashinfer_attends_like_the_reference(folder, prompts):
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_flashinfer_attends_like_the_reference(folder, kv_dtype):
     """Same q, k, v through both backends, prefill from scratch, chunked prefill and decode."""
     from fastcache.attention.select import select_backend
     from fastcache.core import Chunk, Request, Sequence, Step
     from fastcache.engine.batch import BatchBuilder, to_device
 
-    llm = LLM(folder, device="cuda", dtype="bfloat16", num_pages=300, max_model_len=1024)
+    llm = LLM(folder, device="cuda", dtype="bfloat16", num_pages=300, max_model_len=1024, kv_dtype=kv_dtype)
     pool, heads = llm._runner.pool, llm._runner.backend.heads
     device = torch.device("cuda")
     fast, slow = (select_backend(n, pool, heads, device) for n in ("flashinfer", "torch-sdpa"))
@@ -120,8 +124,8 @@ def test_flashinfer_attends_like_the_reference(folder, prompts):
         host = BatchBuilder(4, 64, pool.page_size).build(Step(tuple(chunks), decode))
         batch = to_device(host, torch.zeros(4, dtype=torch.int64, device=device))
         total = sum(lengths)
-        pool.keys.normal_()
-        pool.values.normal_()
+        for stored in (pool.keys, pool.values):
+            stored.copy_(torch.randn(stored.shape, device=device))
         q = torch.randn(total, heads.num_heads, heads.head_dim, device=device, dtype=torch.bfloat16)
         k, v = (
             torch.randn(total, heads.kv_heads, heads.head_dim, device=device, dtype=torch.bfloat16)
@@ -137,9 +141,10 @@ def test_flashinfer_attends_like_the_reference(folder, prompts):
             assert relative_error(fast.run(1, q, k, v), want) < 1e-2
 
 
-def test_graph_replay_gives_the_tokens_of_eager(folder, prompts):
-    graph, tokens = run(folder, prompts, 40)
-    eager, want = run(folder, prompts, 40, enforce_eager=True)
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_graph_replay_gives_the_tokens_of_eager(folder, prompts, kv_dtype):
+    graph, tokens = run(folder, prompts, 40, kv_dtype=kv_dtype)
+    eager, want = run(folder, prompts, 40, enforce_eager=True, kv_dtype=kv_dtype)
     assert graph._runner.graphs is not None and eager._runner.graphs is None
     assert tokens == want
 

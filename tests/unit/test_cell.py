@@ -57,6 +57,8 @@ class FakeLLM:
         self.facts = {
             "device": "cpu",
             "dtype": "float32",
+            "kv_dtype": "float32",
+            "kv_bytes_per_token": 128,
             "attention_backend": "fake",
             "weights": {"kind": "dummy", "sha256": None, "source": "x"},
             "num_pages": 9,

@@ -17,12 +17,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One picture of a prompt: which of the prompt's tokens stand for it, and what the vision tower is given.
+
+    `start`, `length`: its span in the expanded prompt, in tokens. `pixels`: (channels, height, width) uint8 on
+    the host, resized and cropped. `digest`: sha256 of the pixels, which names the picture in the prefix cache.
+    """
+
+    start: int
+    length: int
+    pixels: Tensor
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt and how to continue it. Immutable.
 
     `context_len` is how many leading prompt tokens form the context that compression may shrink (None: all
     of them). Tokens after it, such as a question, are appended to the compressed cache uncompressed.
+    `images`: its pictures in the order of their spans; `prompt_token_ids` holds a placeholder for each of
+    their tokens.
     """
 
     request_id: str
@@ -30,6 +50,12 @@ class Request:
     sampling: SamplingParams
     arrival_s: float
     context_len: int | None = None
+    images: tuple[ImageInput, ...] = ()
+
+    @property
+    def image_spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, length) of each picture in the expanded prompt, ascending."""
+        return tuple((image.start, image.length) for image in self.images)
 
     @property
     def compress_at(self) -> int:
@@ -61,6 +87,8 @@ class Sequence:
     kv_len_before: int | None = None
     kv_len_after: int | None = None
     pages_freed: int = 0
+    # Of pictures whose span is partly computed: index of the picture -> (length, hidden_size).
+    image_embeddings: dict[int, Tensor] = field(default_factory=dict)
     scheduled_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)
 
@@ -76,6 +104,21 @@ class Sequence:
     def known_tokens(self) -> list[int]:
         """Token ids the host knows: the prompt and every sampled token that has arrived."""
         return [*self.request.prompt_token_ids, *self.output_ids]
+
+    @property
+    def content(self) -> list[int]:
+        """`known_tokens` with each picture's placeholders replaced by negative numbers made of its pixels.
+
+        Equal contents are equal KV, which equal placeholders are not: the prefix cache compares these.
+        """
+        tokens = self.known_tokens
+        for image in self.request.images:
+            words = [
+                -1 - (int.from_bytes(image.digest[i : i + 8], "big") >> 1)
+                for i in range(0, len(image.digest), 8)
+            ]
+            tokens[image.start : image.end] = [words[i % len(words)] for i in range(image.length)]
+        return tokens
 
     @property
     def exhausted(self) -> bool:
@@ -178,6 +221,8 @@ class RequestMetrics:
     pages_freed: int
     compressed: bool
     preemptions: int
+    images: int = 0
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)

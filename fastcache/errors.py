@@ -42,6 +42,10 @@ class PromptTooLong(UserError):
     """A prompt plus its requested output exceeds what the engine was configured for."""
 
 
+class ImageError(UserError):
+    """A picture cannot be read, is too large, or has no place in its prompt."""
+
+
 class UnsupportedCombination(UserError):
     """Each part is valid, but this device, backend or method cannot do them together."""
 

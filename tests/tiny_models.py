@@ -69,6 +69,12 @@ def _build(arch: str, tied: bool, seed: int, **sizes):
     config_class, model_class = kinds[arch]
     config = config_class(tie_word_embeddings=tied, use_cache=True, **sizes)
     model = model_class(config).to(torch.float32).eval()
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """The spread that `write_tiny_model` promises, for every parameter in the order of its name."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -77,7 +83,6 @@ def _build(arch: str, tied: bool, seed: int, **sizes):
                 weight.copy_(1 + 0.3 * noise)
             else:
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
-    return model
 
 
 def _tokenizer():

@@ -18,6 +18,7 @@ from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
 from fastcache.engine.batch import BatchBuilder
 from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
+from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Limits, Scheduler
@@ -28,6 +29,7 @@ from fastcache.kvcache.prefix import PrefixCache
 from fastcache.kvcache.slots import pages_for
 from fastcache.models.config import ModelConfig, load_model_config
 from fastcache.models.loader import load_model
+from fastcache.models.pictures import PictureProcessor, load_processor
 from fastcache.models.weights import WeightsInfo
 from fastcache.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,9 +52,10 @@ class Parts:
     eos: frozenset[int]
     max_model_len: int
     dtype: torch.dtype
+    processor: PictureProcessor | None = None
 
     def describe(self) -> dict[str, Any]:
-        pool, backend = self.runner.pool, self.runner.backend
+        pool, backend, vision = self.runner.pool, self.runner.backend, self.model_config.vision
         return {
             "device": str(self.runner.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -66,6 +69,7 @@ class Parts:
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.scheduler.limits.max_num_batched_tokens,
             "prefix_caching": self.scheduler.prefix is not None,
+            "tokens_per_image": vision.tokens_per_image if vision is not None else None,
             "partition": self.partition.report(),
         }
 
@@ -85,6 +89,8 @@ def build(config: EngineConfig) -> Parts:
     tokens_per_step = prefill_tokens(config, model_config, dtype, device)
     if method is not None:
         _check_method(method, tokens_per_step)
+    vision = model_config.vision
+    processor = load_processor(config.model, vision) if vision is not None else None
     split = partition(config.partition, device)
     model, weights = load_model(
         model_config, config.model, config.load_format, dtype, device, max_model_len, config.seed
@@ -112,6 +118,7 @@ def build(config: EngineConfig) -> Parts:
         InlineCompressor(method, pool, model_config.num_layers, compress) if method is not None else None,
         use_graphs=not config.enforce_eager,
         stream=split.main if config.partition.enabled else None,
+        pictures=PictureEmbedder(model, processor) if processor is not None else None,
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
@@ -120,7 +127,17 @@ def build(config: EngineConfig) -> Parts:
     if tokenizer is not None and not eos:
         eos = frozenset(tokenizer.eos_token_ids)
     return Parts(
-        config, model_config, tokenizer, weights, scheduler, runner, split, eos, max_model_len, dtype
+        config,
+        model_config,
+        tokenizer,
+        weights,
+        scheduler,
+        runner,
+        split,
+        eos,
+        max_model_len,
+        dtype,
+        processor,
     )
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
 from fastcache.config import EngineConfig, SamplingParams, require
 from fastcache.core import EngineStats, Request, RequestMetrics, RequestOutput, Sequence
 from fastcache.engine.build import Parts, build
+from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
 from fastcache.errors import ConfigError, OutOfPages, PromptTooLong
-
-Prompt = str | Many[int]
 
 
 class LLM:
@@ -32,6 +32,7 @@ class LLM:
         self.config = EngineConfig.from_dict({"model": str(model), **options})
         self._parts: Parts = build(self.config)
         self.model_config, self.tokenizer = self._parts.model_config, self._parts.tokenizer
+        self._reader = PromptReader(self.model_config, self.tokenizer, self._parts.processor)
         self._scheduler, self._runner = self._parts.scheduler, self._parts.runner
         self._stats = self._scheduler.stats
         self._pending: PendingTokens | None = None
@@ -50,18 +51,20 @@ class LLM:
         arrival_s: float | None = None,
         context_len: int | None = None,
     ) -> str:
-        """Queue one prompt; returns its id. Errors: `PromptTooLong`, `OutOfPages`, `ConfigError`.
+        """Queue one prompt; returns its id. Errors: `PromptTooLong`, `OutOfPages`, `ConfigError`, `ImageError`.
 
-        `context_len`: how many leading tokens compression may shrink (default: the whole prompt).
+        With pictures a prompt is {"prompt": text or ids, "images": [path, bytes or PIL image, ...]} and has an
+        `<image>` for each. `context_len`: how many leading tokens compression may shrink (default: the whole
+        prompt), an `<image>` being one.
         """
-        tokens = self._tokens_of(prompt)
+        arrival = time.perf_counter() if arrival_s is None else arrival_s
+        read = self._reader.read(prompt, context_len)
         params = sampling_params or SamplingParams()
         number = next(self._ids)
         request_id = str(number) if request_id is None else request_id
         if request_id in self._live:
             raise ConfigError(f"request id {request_id!r} is in use; give each request its own.")
-        arrival = time.perf_counter() if arrival_s is None else arrival_s
-        request = Request(request_id, tokens, params, arrival, context_len)
+        request = Request(request_id, read.tokens, params, arrival, read.context_len, read.images)
         seq = Sequence(request)
         self._check(seq)
         self._live[request_id] = seq
@@ -70,18 +73,6 @@ class LLM:
         )
         self._scheduler.add(seq)
         return request_id
-
-    def _tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError("this model has no tokenizer.json; give prompts as lists of token ids.")
-            prompt = self.tokenizer.encode(prompt)
-        tokens = tuple(int(token) for token in prompt)
-        require(len(tokens) > 0, "a prompt is empty; it needs at least one token.")
-        limit = self.model_config.vocab_size
-        bad = next((token for token in tokens if not 0 <= token < limit), None)
-        require(bad is None, f"token id {bad} is outside the vocabulary; allowed is 0 to {limit - 1}.")
-        return tokens
 
     def _check(self, seq: Sequence) -> None:
         request, limit = seq.request, self._parts.max_model_len
@@ -172,6 +163,8 @@ class LLM:
             pages_freed=seq.pages_freed,
             compressed=seq.compressed,
             preemptions=seq.preemptions,
+            images=len(request.images),
+            image_tokens=sum(image.length for image in request.images),
         )
         return RequestOutput(
             request.request_id, request.prompt_token_ids, seq.output_ids, text, seq.finish_reason, metrics
@@ -182,8 +175,8 @@ class LLM:
         prompts: Prompt | Many[Prompt],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Run prompts to the end; outputs in the order of the prompts."""
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        """Run prompts (see `add_request`) to the end; outputs in the order of the prompts."""
+        if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
             prompts = [prompts]
         params = sampling_params
         if params is None or isinstance(params, SamplingParams):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 import torch
+from torch import Tensor
 
 from fastcache.compression.base import budget
 from fastcache.config import EngineConfig
@@ -97,9 +98,20 @@ def _peak_activation_bytes(model: Llama, tokens: int, max_num_seqs: int, device:
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     ids = torch.zeros(tokens, dtype=torch.int64, device=device)
-    hidden = model(ids, ids, lambda layer, q, k, v: torch.empty_like(q))
+    embeddings = _picture_embeddings(model, tokens, device)
+    hidden = model(ids, ids, lambda layer, q, k, v: torch.empty_like(q), embeddings)
     model.logits(hidden[:max_num_seqs])
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     return peak
+
+
+def _picture_embeddings(model: Llama, tokens: int, device: torch.device) -> Tensor | None:
+    """Those of a step of pictures alone, the most that a step can hold; None for a model that reads text alone."""
+    vision = model.config.vision
+    if vision is None:
+        return None
+    shape = (pages_for(tokens, vision.tokens_per_image), vision.num_channels)
+    pixels = torch.zeros((*shape, vision.image_size, vision.image_size), device=device)
+    return model.embed_pictures(pixels).flatten(0, 1)[:tokens].clone()

@@ -14,6 +14,7 @@ from fastcache.core import ForwardBatch, Step
 from fastcache.engine.batch import BatchBuilder, to_device, upload
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.cuda_graphs import DecodeGraphs
+from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.sampler import sample, sampling_batch
 from fastcache.errors import DeviceOutOfMemory
 from fastcache.kvcache.pool import KVPool
@@ -51,9 +52,10 @@ class Runner:
         compressor: InlineCompressor | None,
         use_graphs: bool,
         stream: torch.cuda.Stream | None = None,
+        pictures: PictureEmbedder | None = None,
     ) -> None:
         self.model, self.pool, self.backend = model, pool, backend
-        self.builder, self.compressor = builder, compressor
+        self.builder, self.compressor, self.pictures = builder, compressor, pictures
         self.device = pool.device
         self._stream = stream  # None: the device's default stream
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
@@ -98,7 +100,8 @@ class Runner:
                 self.compressor.layer(layer, q)
             return out
 
-        hidden = self.model(batch.input_ids, batch.positions, attend)
+        embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)
+        hidden = self.model(batch.input_ids, batch.positions, attend, embeddings)
         if compressing:
             self.compressor.finish()
         return self.model.logits(hidden[batch.sample_rows])

@@ -123,7 +123,7 @@ class Scheduler:
         limit = seq.num_tokens - 1
         if self.demand.kept(seq):
             limit = min(limit, seq.request.compress_at - self.compression.tail)
-        return self.prefix.match(seq.known_tokens, limit)
+        return self.prefix.match(seq.content, limit)
 
     def _next_chunk(self, seq: Sequence, budget: int, split: bool) -> Chunk | None:
         """The next piece of an unfinished prefill, its pages allocated; None if there is none that fits.
@@ -242,7 +242,7 @@ class Scheduler:
 
     def _register(self, seq: Sequence) -> None:
         if self.prefix is not None and not seq.compressed:
-            self.prefix.register(seq.known_tokens[: seq.num_computed], seq.pages)
+            self.prefix.register(seq.content[: seq.num_computed], seq.pages)
 
     def complete(self, step: Step, tokens: list[int], eos: frozenset[int], now_s: float) -> list[Sequence]:
         """Deliver the step's sampled tokens, in the order of its sampling chunks; returns who finished."""

@@ -13,8 +13,13 @@ from typing import Any
 
 from fastcache.errors import ModelFolderError, UnsupportedArchitecture
 from fastcache.models.presets import PRESETS
+from fastcache.models.vision_config import VisionConfig, text_config
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "LlavaForConditionalGeneration": "llava",
+    "Qwen3ForCausalLM": "qwen3",
+}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -29,7 +34,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder-only transformer. `head_dim` need not be hidden_size / num_heads."""
+    """Sizes of a decoder-only transformer. `head_dim` need not be hidden_size / num_heads.
+
+    `vision`: the tower in front of a model that reads pictures, None for one that reads text alone.
+    """
 
     architecture: str
     vocab_size: int
@@ -47,6 +55,7 @@ class ModelConfig:
     mlp_bias: bool
     dtype: str
     eos_token_ids: frozenset[int]
+    vision: VisionConfig | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -54,7 +63,8 @@ class ModelConfig:
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         layer = self.hidden_size * (heads + 3 * self.intermediate_size)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings
+        tower = self.vision.num_parameters if self.vision is not None else 0
+        return self.num_layers * layer + embeddings + tower
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str) -> ModelConfig:
@@ -66,6 +76,9 @@ class ModelConfig:
                 f"{source}: architecture {', '.join(names) or '(none named)'} is not implemented. Supported: "
                 f"{', '.join(sorted(ARCHITECTURES))}."
             )
+        vision = None
+        if ARCHITECTURES[name] == "llava":
+            vision, raw = VisionConfig.from_hf(raw, source), text_config(raw, source)
         _refuse_unsupported(raw, source)
         try:
             heads = raw["num_attention_heads"]
@@ -86,6 +99,7 @@ class ModelConfig:
                 mlp_bias=bool(raw.get("mlp_bias", False)),
                 dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
                 eos_token_ids=_token_ids(raw.get("eos_token_id")),
+                vision=vision,
             )
         except KeyError as error:
             raise ModelFolderError(

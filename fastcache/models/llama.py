@@ -27,9 +27,14 @@ class Llama(nn.Module):
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.cos_sin = rotary_table(config.rope, config.head_dim, max_positions, device)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """input_ids, positions: (T,) int64. Returns (T, hidden_size)."""
-        x, residual = self.embed[input_ids], None
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, attend: Attend, embeddings: Tensor | None = None
+    ) -> Tensor:
+        """input_ids, positions: (T,) int64. Returns (T, hidden_size).
+
+        embeddings: (T, hidden_size) to start from in place of the tokens' own; they may be overwritten.
+        """
+        x, residual = self.embed[input_ids] if embeddings is None else embeddings, None
         for layer in self.layers:
             x, residual = layer(x, residual, positions, self.cos_sin, attend)
         return self.ops.add_rms_norm(x, residual, self.norm.weight, self.config.rms_norm_eps)[0]

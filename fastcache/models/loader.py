@@ -8,11 +8,12 @@ import torch
 
 from fastcache.models.config import ModelConfig
 from fastcache.models.llama import Llama
+from fastcache.models.llava import Llava
 from fastcache.models.ops import select_ops
 from fastcache.models.qwen3 import Qwen3
 from fastcache.models.weights import WeightsInfo, fill_dummy, load_checkpoint
 
-MODELS: dict[str, type[Llama]] = {"llama": Llama, "qwen3": Qwen3}
+MODELS: dict[str, type[Llama]] = {"llama": Llama, "llava": Llava, "qwen3": Qwen3}
 
 
 def load_model(

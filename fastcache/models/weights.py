@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastcache.errors import ModelFolderError
 from fastcache.models.config import ModelConfig, read_json
+from fastcache.models.llava_names import beyond_features, text_name, vision_target
 
 DUMMY_STD = 0.02
 _PARTS = {
@@ -36,7 +37,8 @@ _WHOLE = {
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "head.weight",
 }
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # recomputed from the config
+# Recomputed from the config, or numbers 0, 1, ... in order.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.embeddings\.position_ids$")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class WeightsInfo:
 
 def translate(name: str) -> tuple[str, str | None] | None:
     """Checkpoint name -> (our parameter, which part of it); None for a name no model of ours has."""
+    if (target := vision_target(name)) is not None:
+        return target
+    name = text_name(name)
     if name in _WHOLE:
         return _WHOLE[name], None
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -65,7 +70,11 @@ def translate(name: str) -> tuple[str, str | None] | None:
 def part_range(part: str | None, rows: int, config: ModelConfig) -> slice:
     """Which rows of a merged parameter one checkpoint tensor fills."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    third = rows // 3
     ranges = {
+        "vision q": slice(0, third),
+        "vision k": slice(third, 2 * third),
+        "vision v": slice(2 * third, rows),
         None: slice(0, rows),
         "q": slice(0, q),
         "k": slice(q, q + kv),
@@ -128,8 +137,9 @@ def _place(
 ) -> None:
     target = translate(name)
     if target is None or target[0] not in parameters:
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if tied or _IGNORED.search(name):
+        tied = text_name(name) == "lm_head.weight" and config.tie_word_embeddings
+        unused = config.vision is not None and beyond_features(name, config.vision)
+        if tied or unused or _IGNORED.search(name):
             return
         raise ModelFolderError(f"{file}: tensor {name!r} has no place in a {config.architecture} model.")
     parameter = parameters[target[0]]
@@ -154,10 +164,10 @@ def checksum(files: list[Path]) -> str:
 
 
 def fill_dummy(model: nn.Module, seed: int, source: str) -> WeightsInfo:
-    """Seeded normal weights (std 0.02), norms at one: the arithmetic of the real shapes, no meaning."""
+    """Seeded normal weights (std 0.02), norms at one, their biases at zero: real shapes' arithmetic, no meaning."""
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if "norm" in name:
-            parameter.data.fill_(1.0)
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             generator = torch.Generator(device=parameter.device).manual_seed(seed * 1_000_003 + index)
             parameter.data.normal_(0.0, DUMMY_STD, generator=generator)

@@ -1,0 +1,111 @@
+"""What a user gives as a prompt, as token ids and pictures; each placeholder becomes as many as its picture needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+from PIL.Image import Image
+
+from fastcache.config import require
+from fastcache.core import ImageInput
+from fastcache.errors import ConfigError, ImageError, UnknownName, UnsupportedCombination
+from fastcache.models.config import ModelConfig
+from fastcache.models.pictures import PictureProcessor, digest, open_picture
+from fastcache.tokenizer import Tokenizer
+
+# Text or token ids; with pictures a mapping {"prompt": text or ids, "images": [path, bytes or PIL image, ...]}.
+Prompt = str | Many[int] | Mapping
+KEYS = ("prompt", "images")
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """`tokens` with a placeholder for every image token, `images` with their spans in it."""
+
+    tokens: tuple[int, ...]
+    images: tuple[ImageInput, ...] = ()
+    context_len: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Knows the model's vocabulary, its tokenizer if it has one, and how it wants pictures if it reads them."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    processor: PictureProcessor | None
+
+    def read(self, prompt: Prompt, context_len: int | None = None) -> Expanded:
+        """`context_len` counts tokens of `prompt` as it was given; in the result, as it was expanded.
+
+        Errors: `ConfigError` for tokens, `ImageError` for pictures and their placeholders,
+        `UnsupportedCombination` for pictures in front of a model that reads text alone.
+        """
+        pictures: Many = ()
+        if isinstance(prompt, Mapping):
+            for key in prompt:
+                if key not in KEYS:
+                    raise UnknownName("key of a prompt", key, KEYS)
+            require(
+                "prompt" in prompt, "a prompt with `images` also needs its text or token ids as `prompt`."
+            )
+            prompt, pictures = prompt["prompt"], prompt.get("images") or ()
+            if isinstance(pictures, str | bytes | Image):
+                raise ConfigError("`images` of a prompt is a list, also for a single picture.")
+        tokens = self._tokens(prompt)
+        if self.model.vision is None:
+            if pictures:
+                raise UnsupportedCombination(
+                    f"a prompt has {len(pictures)} images, and this model reads text alone; leave them out, or use a "
+                    "model of the LlavaForConditionalGeneration architecture."
+                )
+            return Expanded(tokens, context_len=context_len)
+        return self._expand(tokens, pictures, context_len)
+
+    def _tokens(self, prompt: str | Many[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError("this model has no tokenizer.json; give prompts as lists of token ids.")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = tuple(int(token) for token in prompt)
+        require(len(tokens) > 0, "a prompt is empty; it needs at least one token.")
+        limit = self.model.vocab_size
+        bad = next((token for token in tokens if not 0 <= token < limit), None)
+        require(bad is None, f"token id {bad} is outside the vocabulary; allowed is 0 to {limit - 1}.")
+        return tokens
+
+    def _expand(self, tokens: tuple[int, ...], pictures: Many, context_len: int | None) -> Expanded:
+        vision = self.model.vision
+        each, token_id = vision.tokens_per_image, vision.image_token_id
+        places = [i for i, token in enumerate(tokens) if token == token_id]
+        width = self._width(places, len(pictures))
+        starts = places[::width]
+        expanded: list[int] = []
+        images, done, context = [], 0, context_len
+        for start, picture in zip(starts, pictures, strict=True):
+            expanded += tokens[done:start]
+            pixels = self.processor.pixels(open_picture(picture))
+            images.append(ImageInput(len(expanded), each, pixels, digest(pixels)))
+            expanded += [token_id] * each
+            done = start + width
+            if context_len is not None and start < context_len:
+                context += each - width
+        return Expanded((*expanded, *tokens[done:]), tuple(images), context)
+
+    def _width(self, places: list[int], pictures: int) -> int:
+        """How many placeholders stand for one picture: one, or, if the prompt was expanded already, all of them."""
+        vision = self.model.vision
+        if len(places) == pictures:
+            return 1
+        each = vision.tokens_per_image
+        runs = all(
+            places[i + each - 1] - places[i] == each - 1 for i in range(0, len(places) - each + 1, each)
+        )
+        if len(places) == pictures * each and runs:
+            return each
+        raise ImageError(
+            f"a prompt has {len(places)} placeholders (token {vision.image_token_id}, `<image>` in text) and "
+            f"{pictures} images; it needs one for each image, or {each} in a row for each if it is expanded already."
+        )

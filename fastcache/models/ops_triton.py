@@ -1,9 +1,6 @@
 """The element-wise operations as Triton kernels: each reads its inputs once and writes its outputs once.
 
 Same names, shapes and roundings as the reference in ops.py; rotation is done in float32 and rounded once.
-
-From Hopper on the kernels are launched before the one ahead of them ends (programmatic dependent launch) and wait
-for its results themselves: a decode step has four of them per layer, each too short to hide its own start.
 """
 
 from __future__ import annotations
@@ -12,34 +9,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from fastcache.models.ops import Ops
 
 HEADS_PER_PROGRAM = 8
 SILU_BLOCK = 2048
-HOPPER = (9, 0)
 
 
 @triton.jit
-def _norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    size,
-    eps,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """One row: out = weight * normalise(x [+ residual]); with ADD the sum goes back to residual."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    if PDL:
-        gdc_wait()
     x = tl.load(x_ptr + row * size + columns, mask=inside, other=0.0)
     if ADD:
         x = x + tl.load(residual_ptr + row * size + columns, mask=inside, other=0.0)
@@ -47,16 +29,15 @@ def _norm_kernel(
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
     normed = (wide * scale).to(x.dtype)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     tl.store(out_ptr + row * size + columns, normed * weight, mask=inside)
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
-    if PDL:
-        gdc_wait()
     gate = tl.load(gate_up_ptr + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * size + size + columns, mask=inside, other=0.0)
     silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
@@ -77,15 +58,12 @@ def _norm_rope_kernel(
     NORM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """A few q and k heads of one token, in place: normalise each head, rotate its halves."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF)[None, :]
     inside = (head < rotated_heads) & (pair < HALF)
-    if PDL:
-        gdc_wait()
     first_ptr = qkv_ptr + row * row_size + head * (2 * HALF) + pair
     first = tl.load(first_ptr, mask=inside, other=0.0)
     second = tl.load(first_ptr + HALF, mask=inside, other=0.0)
@@ -112,24 +90,20 @@ class TritonOps(Ops):
 
     name = "triton"
 
-    def __init__(self) -> None:
-        early = torch.cuda.get_device_capability() >= HOPPER
-        self._launch = {"PDL": early, "launch_pdl": early}
-
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
-        self._norm(x, x, weight, out, eps, add=False)
+        _launch_norm(x, x, weight, out, eps, add=False)
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        self._norm(x, residual, weight, x, eps, add=True)
+        _launch_norm(x, residual, weight, x, eps, add=True)
         return x, residual
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
         _silu_mul_kernel[(rows, triton.cdiv(size, SILU_BLOCK))](
-            gate_up, out, size, BLOCK=SILU_BLOCK, num_warps=4, **self._launch
+            gate_up, out, size, BLOCK=SILU_BLOCK, num_warps=4
         )
         return out
 
@@ -158,15 +132,15 @@ class TritonOps(Ops):
             HALF=dim // 2,
             HEADS=HEADS_PER_PROGRAM,
             num_warps=2,
-            **self._launch,
         )
         parts = qkv.view(-1, rotated + kv_heads, dim).split([num_heads, kv_heads, kv_heads], dim=1)
         return parts[0], parts[1], parts[2]
 
-    def _norm(self, x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, add: bool) -> None:
-        size = x.shape[-1]
-        block = triton.next_power_of_2(size)
-        warps = max(1, block // 1024)
-        _norm_kernel[(x.numel() // size,)](
-            x, residual, weight, out, size, eps, ADD=add, BLOCK=block, num_warps=warps, **self._launch
-        )
+
+def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, add: bool) -> None:
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    rows = x.numel() // size
+    _norm_kernel[(rows,)](
+        x, residual, weight, out, size, eps, ADD=add, BLOCK=block, num_warps=max(1, block // 1024)
+    )

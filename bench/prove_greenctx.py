@@ -3,7 +3,8 @@
     python bench/prove_greenctx.py --output results/greenctx [--site FOLDER --shim-site FOLDER]
 
 `--site` is a folder with an sgl_kernel that fits the installed torch, `--shim-site` one with an sgl_kernel that
-needs the shim; both may hold only spatial_ops and version.py (about 90 KB). Every step runs in a process of its
+needs the shim; both may hold only spatial_ops and version.py (about 90 KB), and the provider that imports the whole
+package is then left out. Every step runs in a process of its
 own, because an operator once registered stays, and a step that fails keeps no other from running. Writes
 doctor.json, shim.json, greenctx.json, greenctx-shim.json, greenctx-preload.json, providers.json, sm_sweep.csv,
 sm_sweep.json and steps.json, with paths inside the checkout written relative to it.
@@ -22,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastcache.device import sgl_install
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI = "import sys; from fastcache.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -80,7 +83,9 @@ def run_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
 def provider_steps(out: Path, cache: str, site: Path | None, shim_site: Path | None) -> list[dict[str, Any]]:
     """Each provider by itself; their records together in providers.json."""
     steps, records = [], {}
+    found = sgl_install.find([str(site)]) if site else None
     for name, where in (
+        ("sgl_kernel", site if found and found.complete else None),
         ("sgl_kernel:spatial_ops", site),
         ("sgl_kernel:spatial_ops+shim", shim_site),
         ("cuda_bindings", None),

@@ -58,7 +58,7 @@ class InlineCompressor:
         stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.method, self.pool, self.num_layers = method, pool, num_layers
-        self._stream = stream
+        self.stream = stream
         self._work: _Work | None = None
 
     def begin(self, step: Step, host: HostBatch) -> bool:
@@ -93,17 +93,17 @@ class InlineCompressor:
 
     def layer(self, layer: int, q: Tensor) -> None:
         """q: (T, H, d), the step's rotated queries. Its keys and values are in the pool already."""
-        if self._stream is None:
+        if self.stream is None:
             self._compress(layer, q)
             return
-        hand_over(torch.cuda.current_stream(), self._stream, q)
-        with torch.cuda.stream(self._stream):
+        hand_over(torch.cuda.current_stream(), self.stream, q)
+        with torch.cuda.stream(self.stream):
             self._compress(layer, q)
 
     def finish(self) -> None:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
-        if self._stream is not None:
-            hand_over(self._stream, torch.cuda.current_stream())
+        if self.stream is not None:
+            hand_over(self.stream, torch.cuda.current_stream())
 
     def _compress(self, layer: int, q: Tensor) -> None:
         work = self._work

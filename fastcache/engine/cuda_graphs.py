@@ -54,23 +54,28 @@ def pad(host: HostBatch, size: int, spare_seat: int) -> HostBatch:
 class DecodeGraphs:
     """Captures and replays `decode(seats, positions, slots) -> logits` over static input buffers.
 
-    A graph keeps the SMs of the stream it is captured on, so all are captured where the first step ran: on the
-    partition's main stream if there is one. Errors: `CaptureWithoutStream` for a step that runs elsewhere.
+    A graph keeps the SMs of the stream it is captured on, so each stream that decodes gets graphs of its own:
+    `home` is where steps run now, a partition's main stream, or None for the default stream. Errors:
+    `CaptureWithoutStream` for a step that runs elsewhere.
     """
 
     def __init__(
-        self, decode: Decode, backend: AttentionBackend, last_tokens: Tensor, max_num_seqs: int
+        self,
+        decode: Decode,
+        backend: AttentionBackend,
+        last_tokens: Tensor,
+        max_num_seqs: int,
+        home: torch.cuda.Stream | None = None,
     ) -> None:
         self._decode, self._backend = decode, backend
         self._spare_seat = max_num_seqs
         self._inputs = torch.zeros(
             (3, padded_size(max_num_seqs)), dtype=torch.int64, device=last_tokens.device
         )
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[torch.cuda.Stream | None, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
-        # Where steps run and where graphs are captured, known from the first capture.
-        self._home: torch.cuda.Stream | None = None
-        self._side: torch.cuda.Stream | None = None
+        self._side: torch.cuda.Stream | None = None  # for captures of steps on the default stream
+        self.home = home
 
     def run(self, host: HostBatch) -> Tensor:
         """Logits (B, vocab) of a decode step; valid until the next call."""
@@ -79,9 +84,10 @@ class DecodeGraphs:
         numbers = torch.from_numpy(np.stack((padded.seats, padded.positions, padded.slots))).pin_memory()
         self._inputs[:, :size].copy_(numbers, non_blocking=True)
         self._backend.plan_graph(padded)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        graph, logits = self._graphs[size]
+        key = (self.home, size)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(size)
+        graph, logits = self._graphs[key]
         graph.replay()
         return logits[: host.num_seqs]
 
@@ -99,9 +105,10 @@ class DecodeGraphs:
         return graph, logits
 
     def _capture_stream(self, current: torch.cuda.Stream) -> torch.cuda.Stream:
-        """The one stream for all captures; nothing can be captured on the default stream."""
-        if self._home is None:
-            self._home = current
-            self._side = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
-        capture_stream_check(current, (self._home,))
+        """Where steps run; beside the default stream, on which nothing can be captured, a stream of our own."""
+        if self.home is not None:
+            return capture_stream_check(current, (self.home,))
+        capture_stream_check(current, (torch.cuda.default_stream(),))
+        if self._side is None:
+            self._side = torch.cuda.Stream()
         return self._side

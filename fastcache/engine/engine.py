@@ -6,6 +6,7 @@ Scheduler.complete -> RequestOutput.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
@@ -14,11 +15,12 @@ from typing import Any
 
 from fastcache.config import EngineConfig, SamplingParams, require
 from fastcache.core import EngineStats, Request, RequestMetrics, RequestOutput, Sequence
+from fastcache.device.green_context import partition
 from fastcache.engine.build import Parts, build
 from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
-from fastcache.errors import ConfigError, OutOfPages, PromptTooLong
+from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, UnsupportedCombination
 
 
 class LLM:
@@ -196,6 +198,24 @@ class LLM:
         while self.has_unfinished():
             done.update((output.request_id, output) for output in self.step())
         return [done[request_id] for request_id in ids]
+
+    # -- partitions --------------------------------------------------------------------------------------------
+
+    def use_split(self, compress_ratio: float, main_ratio: float) -> None:
+        """Change the SM split between two steps; running requests go on. Each split is made once and kept.
+
+        Errors: `UnsupportedCombination` if the engine was built without a partition, or the split is required
+        and cannot be had; `ConfigError` for ratios out of range.
+        """
+        old = self._parts.config.partition
+        if not old.enabled or self._runner.device.type != "cuda":
+            raise UnsupportedCombination(
+                "use_split needs an engine with a partition on a CUDA device; build LLM(..., partition="
+                "{'enabled': True, ...})."
+            )
+        config = dataclasses.replace(old, compress_ratio=compress_ratio, main_ratio=main_ratio)
+        split = self._parts.partition = partition(config, self._runner.device)
+        self._runner.use_streams(split.main, split.compress)
 
     # -- reports -----------------------------------------------------------------------------------------------
 

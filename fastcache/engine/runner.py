@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastcache.attention.base import AttentionBackend
 from fastcache.core import ForwardBatch, Step
+from fastcache.device.streams import hand_over
 from fastcache.engine.batch import BatchBuilder, to_device, upload
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.cuda_graphs import DecodeGraphs
@@ -61,7 +62,16 @@ class Runner:
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = None
         if use_graphs and backend.supports_graphs:
-            self.graphs = DecodeGraphs(self.decode_logits, backend, self.last_tokens, max_num_seqs)
+            self.graphs = DecodeGraphs(self.decode_logits, backend, self.last_tokens, max_num_seqs, stream)
+
+    def use_streams(self, main: torch.cuda.Stream, compress: torch.cuda.Stream) -> None:
+        """Run the steps from here on on another partition's streams, in order behind those before."""
+        hand_over(self._stream or torch.cuda.default_stream(), main)
+        self._stream = main
+        if self.graphs is not None:
+            self.graphs.home = main
+        if self.compressor is not None:
+            self.compressor.stream = compress
 
     @torch.inference_mode()
     def launch(self, step: Step, seeds: dict[str, int]) -> PendingTokens:

@@ -204,3 +204,20 @@ def test_two_thousand_requests_do_not_grow_memory(folder):
     after = max(wave(400) for _ in range(4))
     assert after - before < 4 * 2**20
     llm.check_books()
+
+
+def test_a_run_goes_on_over_changes_of_split(folder, prompts):
+    """Same tokens, and nothing lost once every split has its contexts and graphs."""
+    options = {"enabled": True, "compress_ratio": 0.25, "main_ratio": 0.75, "main_stream": True}
+    llm, want = run(folder, prompts, 60, partition=options)
+    ids = [llm.add_request(p, SamplingParams(max_tokens=60, ignore_eos=True)) for p in prompts]
+    done, free = {}, []
+    for compress in [0.125, 0.25, 0.5] * 1000:
+        if not llm.has_unfinished():
+            break
+        llm.use_split(compress, 1 - compress)
+        free.append(torch.cuda.mem_get_info()[0])
+        done.update((output.request_id, output.token_ids) for output in llm.step())
+    assert [done[each] for each in ids] == want
+    assert min(free[len(free) // 2 :]) == free[len(free) // 2]
+    llm.check_books()

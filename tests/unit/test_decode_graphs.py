@@ -36,7 +36,8 @@ def captured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: next(made))
     graphs.append(DecodeGraphs(lambda *_: torch.zeros(1), None, torch.zeros(5), 4))
 
-    def capture(current: str, size: int) -> list[str | None]:
+    def capture(home: str | None, current: str, size: int) -> list[str | None]:
+        graphs[0].home = home and Stream(home)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(current))
         graphs[0]._capture(size)
         return streams
@@ -45,18 +46,21 @@ def captured(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_size_is_captured_on_the_partitions_stream(captured) -> None:
-    captured("main", 1)
-    assert captured("main", 2) == ["main", "main"]
+    captured("main", "main", 1)
+    assert captured("main", "main", 2) == ["main", "main"]
 
 
 def test_without_a_partition_all_sizes_share_one_stream_of_their_own(captured) -> None:
-    captured("default", 1)
-    assert captured("default", 2) == ["side", "side"]
+    captured(None, "default", 1)
+    assert captured(None, "default", 2) == ["side", "side"]
 
 
-@pytest.mark.parametrize(("first", "then"), [("main", "default"), ("main", "compress"), ("default", "main")])
-def test_a_step_that_left_its_stream_is_not_captured(captured, first: str, then: str) -> None:
-    streams = captured(first, 1)
+def test_after_a_change_of_split_graphs_are_captured_on_the_new_stream(captured) -> None:
+    captured("main", "main", 1)
+    assert captured("another main", "another main", 1) == ["main", "another main"]
+
+
+@pytest.mark.parametrize(("home", "current"), [("main", "default"), ("main", "compress"), (None, "main")])
+def test_a_step_away_from_its_stream_is_not_captured(captured, home: str | None, current: str) -> None:
     with pytest.raises(CaptureWithoutStream):
-        captured(then, 2)
-    assert len(streams) == 1
+        captured(home, current, 1)

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import re
-import statistics
 import time
 from pathlib import Path
 
@@ -22,7 +21,10 @@ PROCESS_START = time.perf_counter()
 import torch  # noqa: E402  (the clock starts before the imports: start-up time counts them)
 
 from fastcache import LLM, SamplingParams  # noqa: E402
+from fastcache.bench.metrics import Round, middle_round  # noqa: E402
 from fastcache.bench.provenance import git_commit, source_digest  # noqa: E402
+from fastcache.bench.work import utilisation  # noqa: E402
+from fastcache.device import ceilings  # noqa: E402
 from fastcache.device.info import device_info, versions  # noqa: E402
 
 log = logging.getLogger("engine_speed")
@@ -32,81 +34,49 @@ LINE = (
 )
 
 
-def ceilings() -> dict[str, float]:
-    """Bytes per second of a large copy (read + write), FLOP/s of a large bfloat16 product; medians."""
-    size = 2**30
-    source, n, k, m = torch.randn(size, device="cuda", dtype=torch.bfloat16), 16384, 4096, 24576
-    copy_s = median_seconds(torch.empty_like(source).copy_, source)
-    x, w = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((n, k), (m, k)))
-    product_s = median_seconds(torch.nn.functional.linear, x, w)
-    return {"copy_bytes_s": 4 * size / copy_s, "gemm_flop_s": 2 * n * k * m / product_s}
-
-
-def median_seconds(run, *args, repeats: int = 9) -> float:
-    run(*args)
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(*args)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
 def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab, (count, length), generator=generator).tolist()
 
 
-def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limits: dict[str, float]) -> dict:
+def measure(llm: LLM, batch: int, context: int, output: int, repeats: int, limits: ceilings.Ceilings) -> dict:
     """One workload: a short warm-up at the same batch size, then `repeats` timed runs on fresh prompts."""
     vocab = llm.model_config.vocab_size
     llm.generate(prompts_of(batch, context, vocab, 10_000), SamplingParams(max_tokens=3, ignore_eos=True))
     runs = [timed_run(llm, prompts_of(batch, context, vocab, repeat), output) for repeat in range(repeats)]
-    runs.sort(key=lambda run: run["wall_s"])
-    middle = runs[(len(runs) - 1) // 2]
-    flops, step_bytes = work(llm, context, middle["kept"] + output / 2, middle["mean_running"])
+    middle = middle_round(runs)
+    requests = [output.metrics for output in middle.outputs]
     return {
         "workload": f"{batch}x{context}+{output}",
-        **middle,
-        "prefill_mfu": middle["prefill_tok_s"] * flops / limits["gemm_flop_s"],
-        "decode_mbu": step_bytes / (middle["decode_ms_step"] / 1e3) / limits["copy_bytes_s"],
-        "repeats": [run["total_tok_s"] for run in runs],
+        **facts_of(middle),
+        **utilisation(llm.model_config, llm.describe(), requests, middle.stats, limits),
+        "repeats": [run.throughput for run in runs],
         "weights": "dummy",
     }
 
 
-def timed_run(llm: LLM, prompts: list[list[int]], output: int) -> dict:
+def timed_run(llm: LLM, prompts: list[list[int]], output: int) -> Round:
     llm.reset_stats()
     start = time.perf_counter()
     outputs = llm.generate(prompts, SamplingParams(max_tokens=output, ignore_eos=True))
     wall = time.perf_counter() - start
-    stats = llm.stats()
     assert all(len(o.token_ids) == output for o in outputs)
+    return Round(wall, outputs, llm.stats())
+
+
+def facts_of(run: Round) -> dict:
+    stats, first = run.stats, run.outputs[0].metrics
     return {
-        "wall_s": wall,
-        "total_tok_s": len(prompts) * (len(prompts[0]) + output) / wall,
+        "wall_s": run.elapsed_s,
+        "total_tok_s": run.throughput,
         "prefill_tok_s": stats.prefill_tokens / stats.prefill_time_s,
         "decode_ms_step": 1e3 * stats.decode_time_s / max(stats.decode_steps, 1),
         "decode_steps": stats.decode_steps,
         "mean_running": stats.decode_tokens / max(stats.decode_steps, 1),
         "peak_running": stats.peak_running,
         "preemptions": stats.preemptions,
-        "kept": outputs[0].metrics.kv_len_after or len(prompts[0]),
+        "kept": first.kv_len_after or first.prompt_tokens,
     }
-
-
-def work(llm: LLM, context: int, kv_len: float, running: float) -> tuple[float, float]:
-    """(FLOPs per prefilled token, bytes per decode step): matrix products and attention, weights and KV."""
-    config, facts = llm.model_config, llm.describe()
-    head = config.vocab_size * config.hidden_size
-    layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
-    attention = (
-        2 * config.num_heads * config.head_dim * context * config.num_layers
-    )  # causal: half of 4 H d N
-    return 2 * layers + attention, 2 * (layers + head) + facts["kv_bytes_per_token"] * kv_len * running
 
 
 def arguments() -> argparse.Namespace:
@@ -138,14 +108,14 @@ def main() -> None:
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1, ignore_eos=True))
     start_up = time.perf_counter() - PROCESS_START
     log.info("start to first token %.1f s; %s", start_up, llm.describe())
-    limits = ceilings()
-    torch.cuda.empty_cache()
-    log.info("ceilings: copy %.2f TB/s, product %.0f TFLOP/s", *(limits[k] / 1e12 for k in limits))
+    limits = ceilings.measure("cuda")
+    log.info("ceilings: %s", limits)
     facts = {
         "model": args.model,
         "compression": args.compression,
         "start_to_first_token_s": start_up,
-        **limits,
+        "copy_bytes_s": limits.copy_bytes_s,
+        "gemm_flop_s": limits.gemm_flop_s,
         "engine": llm.describe(),
         "device": device_info("cuda"),
         "versions": versions(),

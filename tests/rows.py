@@ -156,6 +156,11 @@ def _measured(cell: CellConfig) -> dict[str, Any]:
         "preemptions": 0,
         "peak_running": cell.batch_size,
         "host_busy": False,
+        "start_to_first_token_s": 4.0 + noise,
+        "ceiling_copy_bytes_s": 3e10,
+        "ceiling_gemm_flop_s": 1e11,
+        "prefill_mfu": 0.6 + 0.1 * noise,
+        "decode_mbu": 0.5 + 0.1 * noise,
         "output_sample": [
             [
                 (7 * i + j) % 97 if j < 20 or not cell.compressed else 98

@@ -10,19 +10,21 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastcache.bench import models
 from fastcache.bench.cellconfig import CellConfig
-from fastcache.bench.metrics import Round, summarise
+from fastcache.bench.metrics import middle_round, summarise
 from fastcache.bench.prompts import Vocabulary
+from fastcache.bench.rounds import run_batch, run_round, start_to_first_token, warmup_tokens
 from fastcache.bench.row import PARTITION_FIELDS, blank_row, failure, write_json
 from fastcache.bench.supervise import die_with_parent
-from fastcache.bench.workload import Batch, make_plan, shareable_tokens
-from fastcache.config import CompressionConfig, PartitionConfig, SamplingParams, ratio_of_factor
+from fastcache.bench.work import utilisation
+from fastcache.bench.workload import make_plan, shareable_tokens
+from fastcache.config import CompressionConfig, PartitionConfig, ratio_of_factor
+from fastcache.device import ceilings
 from fastcache.device.info import OtherLoad, device_info, peak_memory_bytes
 from fastcache.errors import (
     DeviceOutOfMemory,
@@ -34,9 +36,6 @@ from fastcache.errors import (
 
 log = logging.getLogger(__name__)
 
-# A GPU compiles, captures and grows its allocations with every new length, so it warms up on a whole batch. A CPU
-# has nothing of the kind.
-CPU_WARMUP_TOKENS = 16
 NOISY_SPREAD = 0.1
 BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times
 FIXED_POLICY = (
@@ -65,6 +64,10 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
     try:
         facts = llm.describe()
         row |= engine_facts(facts) | partition_facts(cell, facts)
+        row["start_to_first_token_s"] = start_to_first_token(llm)
+        limits = ceilings.measure(facts["device"])
+        log.info("ceilings of this device: %s", limits)
+        row |= {"ceiling_copy_bytes_s": limits.copy_bytes_s, "ceiling_gemm_flop_s": limits.gemm_flop_s}
         plan = make_plan(
             cell.workload,
             cell.batch_size,
@@ -74,7 +77,7 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
             facts["max_model_len"],
         )
         for batches in plan.rounds[: cell.warmup]:
-            run_batch(llm, batches[0], CPU_WARMUP_TOKENS if row["device"]["kind"] == "cpu" else None)
+            run_batch(llm, batches[0], warmup_tokens(row["device"]["kind"], batches[0]))
         others = OtherLoad()
         timed = [run_round(llm, batches) for batches in plan.rounds[cell.warmup :]]
         busy = others.cores()
@@ -82,6 +85,9 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
     finally:
         llm.close()
     prompts = [request.prompt_token_ids for batch in plan.rounds[cell.warmup] for request in batch]
+    middle = middle_round(timed)
+    requests = [output.metrics for output in middle.outputs]
+    row |= utilisation(llm.model_config, facts, requests, middle.stats, limits)
     row |= summarise(timed) | {
         "status": "ok",
         "text_source": plan.text_source,
@@ -166,23 +172,6 @@ def _no_report(device: str) -> str:
     if device.startswith("cpu"):
         return "the device is a CPU, which has no SMs to partition"
     return "the engine reported no partition, so everything ran on the whole GPU"
-
-
-def run_round(llm: Any, batches: list[Batch]) -> Round:
-    """Batches one after another, each of all its requests at once; wall time includes the gaps between them."""
-    llm.reset_stats()
-    outputs = []
-    start = time.perf_counter()
-    for batch in batches:
-        outputs += run_batch(llm, batch)
-    return Round(time.perf_counter() - start, outputs, llm.stats())
-
-
-def run_batch(llm: Any, batch: Batch, at_most: int | None = None) -> list[Any]:
-    """Greedy, and never stopped by an end-of-sequence token: every variant generates the same number."""
-    limits = [min(request.max_tokens, at_most or request.max_tokens) for request in batch]
-    params = [SamplingParams(max_tokens=limit, ignore_eos=True) for limit in limits]
-    return llm.generate([request.prompt_token_ids for request in batch], params)
 
 
 def notes(cell: CellConfig, row: dict[str, Any]) -> list[str]:

@@ -37,11 +37,17 @@ class Round:
         return (self.prompt_tokens + self.output_tokens) / self.elapsed_s
 
 
+def middle_round(rounds: Sequence[Round]) -> Round:
+    """The round with the (lower) median throughput; all counts and rates of a row are its."""
+    values = [r.throughput for r in rounds]
+    return rounds[values.index(statistics.median_low(values))]
+
+
 def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
     """The measured fields of a row (see row.schema.yaml) from at least one timed round."""
     assert rounds, "a measurement has at least one round"
     values = [r.throughput for r in rounds]
-    middle = rounds[values.index(statistics.median_low(values))]
+    middle = middle_round(rounds)
     pooled = [output.metrics for r in rounds for output in r.outputs]
     return {
         "prompt_tokens": middle.prompt_tokens,

@@ -25,6 +25,9 @@ from fastcache.bench.row import blank_row, failure, write_json
 
 CHILD = (sys.executable, "-m", "fastcache.bench.cell")
 PARENT_VARIABLE = "FASTCACHE_PARENT_PID"
+STARTED_VARIABLE = (
+    "FASTCACHE_STARTED_S"  # time.monotonic() when the child was started; one clock for all processes
+)
 PR_SET_PDEATHSIG = 1
 # How often a thread looks before it sleeps until the others arrive. The default looks for milliseconds: no faster on an
 # idle CPU, and up to seven times slower on one where anything else runs. The user's environment comes before this.
@@ -45,7 +48,7 @@ def run_cell(cell: CellConfig, command: Sequence[str] = CHILD) -> dict[str, Any]
             [*command, str(source), str(target)],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
-            env={**SHORT_SPIN, **os.environ, PARENT_VARIABLE: str(os.getpid())},
+            env=child_environment(started),
             start_new_session=True,
         )
         try:
@@ -58,6 +61,10 @@ def run_cell(cell: CellConfig, command: Sequence[str] = CHILD) -> dict[str, Any]
         if target.is_file():
             return json.loads(target.read_text(encoding="utf-8"))
         return row | failure("crashed", "ProcessDied", how_it_died(code, time.monotonic() - started))
+
+
+def child_environment(started: float) -> dict[str, str]:
+    return {**SHORT_SPIN, **os.environ, PARENT_VARIABLE: str(os.getpid()), STARTED_VARIABLE: str(started)}
 
 
 def end(child: subprocess.Popen[Any]) -> None:

@@ -22,9 +22,11 @@ from fastcache.bench.cell import busy_host, classify, engine_options, measure_ce
 from fastcache.bench.matrix import VARIANTS, CellConfig
 from fastcache.bench.provenance import PACKAGE, git_commit, measured_files, source_digest
 from fastcache.bench.row import blank_row
-from fastcache.bench.supervise import PARENT_VARIABLE, how_it_died, run_cell
+from fastcache.bench.supervise import PARENT_VARIABLE, STARTED_VARIABLE, how_it_died, run_cell
+from fastcache.bench.work import step_bytes
 from fastcache.config import EngineConfig
 from fastcache.core import EngineStats, RequestMetrics, RequestOutput
+from fastcache.device.ceilings import Ceilings
 from fastcache.device.info import OtherLoad
 from fastcache.errors import DeviceOutOfMemory, OutOfPages, UnsupportedArchitecture, UnsupportedCombination
 
@@ -48,12 +50,28 @@ def cell(variant: str = "compression-only", **changes) -> CellConfig:
     return CellConfig.from_dict(values | changes)
 
 
+SHAPE = {
+    "vocab_size": 1000,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def known_ceilings(monkeypatch):
+    monkeypatch.setattr(cell_module.ceilings, "measure", lambda device: Ceilings(1e9, 2e9, "float32"))
+
+
 class FakeLLM:
     """The engine's interface with made-up times; keeps what it was asked."""
 
     def __init__(self, facts=None, fail_at=None, **options):
         self.options, self.batches, self.closed, self.fail_at = options, [], False, fail_at
-        self.model_config, self.tokenizer = SimpleNamespace(vocab_size=1000), None
+        self.model_config, self.tokenizer = SimpleNamespace(**SHAPE), None
         self.facts = {
             "device": "cpu",
             "dtype": "float32",
@@ -97,7 +115,15 @@ class FakeLLM:
         return RequestOutput("0", tuple(prompt), list(range(params.max_tokens)), "", "length", metrics)
 
     def stats(self):
-        return EngineStats(peak_kv_bytes=5, peak_running=3)
+        return EngineStats(
+            prefill_tokens=240,
+            prefill_time_s=0.5,
+            decode_tokens=18,
+            decode_steps=6,
+            decode_time_s=0.25,
+            peak_kv_bytes=5,
+            peak_running=3,
+        )
 
     def reset_stats(self):
         self.resets = getattr(self, "resets", 0) + 1
@@ -156,12 +182,45 @@ def test_batch_size_is_the_concurrency_and_warm_up_is_short_and_not_counted():
     assert len(row["repeats"]["values"]) == 2 and llm.resets == 2
 
 
-def test_a_gpu_warms_up_on_a_whole_batch(monkeypatch):
+@pytest.mark.parametrize("lengths, tokens", [("equal", 3), ("mixed", 30)])
+def test_a_gpu_prefills_whole_batches_and_decodes_until_each_batch_size_was_met(monkeypatch, lengths, tokens):
+    if lengths == "mixed":
+        real = cell_module.make_plan
+
+        def make_plan(*args):
+            plan = real(*args)
+            for batches in plan.rounds:
+                batches[0][0] = dataclasses.replace(batches[0][0], max_tokens=5)
+            return plan
+
+        monkeypatch.setattr(cell_module, "make_plan", make_plan)
     monkeypatch.setattr(cell_module, "device_info", lambda name: {"kind": "cuda", "name": name})
     monkeypatch.setattr(cell_module, "peak_memory_bytes", lambda name: 1)
     workload = {"name": "synthetic-long", "context": 40, "output": 30, "num_batches": 2}
     _, llm = measured(cell(workload=workload), facts={"device": "cuda:0"})
-    assert [params[0].max_tokens for _, params in llm.batches] == [30] * 5
+    assert [len(prompts[0]) for prompts, _ in llm.batches] == [40] * 5
+    assert [params[1].max_tokens for _, params in llm.batches] == [tokens, 30, 30, 30, 30]
+
+
+def test_the_ceilings_come_first_and_the_shares_follow_from_counted_work():
+    row, llm = measured(cell("baseline"))
+    assert (row["ceiling_copy_bytes_s"], row["ceiling_gemm_flop_s"]) == (1e9, 2e9)
+    layers = 2 * 8 * ((2 * 2 + 2 * 1) * 4 + 3 * 16)
+    per_request = 2 * layers * 40 + 4 * 2 * 4 * 2 * 40 * 40 / 2
+    assert row["prefill_mfu"] == pytest.approx(6 * per_request / 0.5 / 2e9)
+    entries = 6 * (41 + 42 + 43)  # six requests, three tokens after the first
+    read = 6 * step_bytes(llm.model_config, "float32") + 128 * entries
+    assert row["decode_mbu"] == pytest.approx(read / 0.25 / 1e9)
+    assert step_bytes(llm.model_config, "float32") == 4 * (layers + 8000)
+
+
+def test_start_to_first_token_counts_from_the_supervisors_note(monkeypatch):
+    assert measured(cell())[0]["start_to_first_token_s"] is None
+    monkeypatch.setenv(STARTED_VARIABLE, str(time.monotonic() - 5))
+    row, llm = measured(cell())
+    assert 5 <= row["start_to_first_token_s"] < 60
+    assert llm.batches[0][1][0].max_tokens == 1
+    assert measured(cell())[0]["start_to_first_token_s"] is None  # a second cell of this process is no start
 
 
 @pytest.mark.parametrize("seconds, noisy", [([1.0, 1.05], False), ([1.0, 1.5], True)])

@@ -32,6 +32,11 @@ def read_rows(source: Path, planned: Sequence[str] | None) -> list[Row]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
+def with_all_fields(rows: Iterable[Row], schema: Mapping[str, Any]) -> list[Row]:
+    """Rows published before a field existed have it as null: not measured."""
+    return [dict.fromkeys(schema["required"]) | row for row in rows]
+
+
 def check_rows(rows: Iterable[Row], schema: Mapping[str, Any]) -> None:
     """Errors: SystemExit with the row and the field; a row that breaks the schema must not reach a figure."""
     checker = jsonschema.Draft202012Validator(schema)
@@ -108,8 +113,10 @@ def main() -> None:
         parser.add_argument(option, type=Path, required=True)
     args = parser.parse_args()
     plan = json.loads(args.plan.read_text(encoding="utf-8")) if args.plan else None
-    rows = enrich(read_rows(args.source, list(plan["cells"]) if plan else None))
-    check_rows(rows, yaml.safe_load(args.schema.read_text(encoding="utf-8")))
+    schema = yaml.safe_load(args.schema.read_text(encoding="utf-8"))
+    rows = read_rows(args.source, list(plan["cells"]) if plan else None)
+    rows = enrich(rows if args.source.is_dir() else with_all_fields(rows, schema))
+    check_rows(rows, schema)
     planned = list(plan["cells"]) if plan else [row["cell_id"] for row in rows]
     status = judge(rows, planned, plan["config"].get("expected_failures", []) if plan else [])
     write(args.rows, "".join(json.dumps(row) + "\n" for row in rows))

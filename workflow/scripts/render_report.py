@@ -40,6 +40,7 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
         "texts": distinct(
             {"workload": row["workload"], "source": row["text_source"]} for row in rows if row["text_source"]
         ),
+        "ceilings": ceilings(rows),
         "repeats": distinct(row["cell"]["repeats"] for row in rows),
         "warmup": distinct(row["cell"]["warmup"] for row in rows),
         "seeds": distinct(row["seed"] for row in rows),
@@ -48,6 +49,19 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
         "last": started[-1] if started else None,
         "notes": Counter(note for row in rows for note in row["notes"]).most_common(),
     }
+
+
+def ceilings(rows: Sequence[Row]) -> dict[str, str] | None:
+    """The range over the cells of what the device was seen to do at most; None where no row tells."""
+
+    def seen(field: str) -> str:
+        found = [f"{row[field]:.3g}" for row in rows if row[field]]
+        ends = sorted({min(found, key=float), max(found, key=float)}, key=float)
+        return " to ".join(ends)
+
+    if not any(row["ceiling_copy_bytes_s"] for row in rows):
+        return None
+    return {name: seen(f"ceiling_{name}") for name in ("copy_bytes_s", "gemm_flop_s")}
 
 
 def distinct(values: Any) -> list[Any]:

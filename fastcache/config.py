@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -18,6 +19,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+# Who runs next (see engine/stages.py): a name, or pXcYdZ with fixed prefill, compression and decode batches.
+POLICIES = ("default", "fcfs", "dynamic")
+STATIC_POLICY = r"p([1-9]\d*)c([1-9]\d*)d([1-9]\d*)"
+# Which decisions the engine takes from what it measured: none, those about compression, also the balance of
+# prefill and decode.
+TUNING = ("off", "compression", "all")
 VARIANTS = ("baseline", "compression-only", "greenctx-only", "auto-tune+greenctx", "triad")
 
 
@@ -59,6 +66,11 @@ def positive_int(name: str, value: int) -> None:
         isinstance(value, int) and not isinstance(value, bool) and value >= 1,
         f"{name} is {value!r}; allowed is a positive integer.",
     )
+
+
+def check_policy(value: str) -> None:
+    if not (isinstance(value, str) and re.fullmatch(STATIC_POLICY, value)):
+        one_of("policy", value, (*POLICIES, "p1c1d8 (fixed batches, any numbers)"))
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,10 @@ class EngineConfig(StrictConfig):
     `max_num_seqs` sequences of `max_model_len`, bounded by a share of the free memory.
     `max_num_batched_tokens` None picks what saturates the device's matrix units.
     `kv_dtype` is what the KV pool stores: "auto" the model's type, "fp8" e4m3 without a scale, half of bfloat16.
+    `policy` says which of prefill, compression and decode runs next (engine/stages.py); `tuning` which decisions
+    are taken from measurement (engine/policy.py). `immediate_release` frees a compressed sequence's old pages at
+    once; without it they stay until the request ends. `max_waiting` bounds the queue of requests: one more is
+    refused.
     """
 
     model: str
@@ -182,6 +198,10 @@ class EngineConfig(StrictConfig):
     attention_backend: str = "auto"
     enforce_eager: bool = False
     seed: int = 0
+    policy: str = "default"
+    tuning: str = "off"
+    immediate_release: bool = True
+    max_waiting: int | None = None
     compression: CompressionConfig | None = None
     partition: PartitionConfig = PartitionConfig()
 
@@ -196,7 +216,14 @@ class EngineConfig(StrictConfig):
         one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("page_size", "max_num_seqs"):
             positive_int(name, getattr(self, name))
-        for name in ("max_model_len", "max_num_batched_tokens", "num_pages"):
+        for name in ("max_model_len", "max_num_batched_tokens", "num_pages", "max_waiting"):
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
+        check_policy(self.policy)
+        one_of("tuning", self.tuning, TUNING)
+        require(
+            self.tuning != "all" or self.policy == "default",
+            f"tuning 'all' balances prefill and decode itself, so it takes no policy {self.policy!r}; "
+            "leave policy at 'default', or use tuning 'compression'.",
+        )
         open_interval("gpu_memory_utilization", self.gpu_memory_utilization)

@@ -43,6 +43,7 @@ class Request:
     of them). Tokens after it, such as a question, are appended to the compressed cache uncompressed.
     `images`: its pictures in the order of their spans; `prompt_token_ids` holds a placeholder for each of
     their tokens.
+    `timeout_s`: after that many seconds from its arrival the request is ended with what it has (None: never).
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class Request:
     arrival_s: float
     context_len: int | None = None
     images: tuple[ImageInput, ...] = ()
+    timeout_s: float | None = None
 
     @property
     def image_spans(self) -> tuple[tuple[int, int], ...]:
@@ -82,6 +84,14 @@ class Sequence:
     decoding: bool = False  # prefill is over: what is left to compute is the newest sampled token
     finish_reason: str | None = None
     compressed: bool = False
+    leave_whole: bool = False  # decided: compressing it would not pay
+    defer: bool = False  # decided: its compression is a step of its own
+    to_compress: int = (
+        0  # entries to keep of a stored context; decoding waits until the fresh pages are in place
+    )
+    under_way: bool = False  # that compression has been launched
+    held: list[int] = field(default_factory=list)  # old pages that stay until the request ends
+    ready_s: float = 0.0  # since when it is ready for its next stage
     cached_tokens: int = 0
     preemptions: int = 0
     kv_len_before: int | None = None
@@ -137,6 +147,7 @@ class Chunk:
     `sample`: the chunk reaches the last known token, so a next token is drawn from its last row.
     `fresh_pages`: pages for the kept entries when the cache is compressed right after this chunk.
     `kept`: how many entries each KV head keeps then; 0 means no compression.
+    `defer`: compression comes later; this chunk leaves behind what the method needs to see of it.
     """
 
     seq: Sequence
@@ -146,14 +157,27 @@ class Chunk:
     sample: bool
     kept: int = 0
     fresh_pages: tuple[int, ...] = ()
+    defer: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the scheduler wants computed in one forward pass. `decode`: every chunk is one new token."""
+    """What the scheduler wants computed in one forward pass. `decode`: every chunk is one new token.
+
+    `decode_rows`: in a mixed step, how many chunks at the end are one new token each, behind the prefill chunks.
+    """
 
     chunks: tuple[Chunk, ...]
     decode: bool
+    decode_rows: int = 0
+
+    @property
+    def prefill_tokens(self) -> int:
+        return 0 if self.decode else self.num_tokens - self.decode_rows
+
+    @property
+    def decode_tokens(self) -> int:
+        return len(self.chunks) if self.decode else self.decode_rows
 
     @property
     def num_tokens(self) -> int:
@@ -164,7 +188,8 @@ class Step:
 class HostBatch:
     """One step's inputs as numpy arrays; T tokens of B sequences, packed without padding.
 
-    token_ids: (T,) int64, None for a decode step, whose tokens are on the device. seats: (B,) int64.
+    token_ids: int64, those the host knows: (T,) of a prefill, (T - decode_rows,) of a mixed step, None of a
+    decode step; the others are on the device. seats: (B,) int64.
     positions, slots: (T,) int64. cu_seqlens_q: (B + 1,) int64. kv_lens: (B,) int64, new tokens included.
     page_table: (B, max_pages) int32. sample_rows: (S,) int64, rows whose next token is drawn;
     sample_seats: (S,) int64, the seats they belong to.
@@ -180,6 +205,7 @@ class HostBatch:
     page_table: np.ndarray
     sample_rows: np.ndarray
     sample_seats: np.ndarray
+    decode_rows: int = 0
 
     @property
     def num_seqs(self) -> int:
@@ -206,11 +232,14 @@ class ForwardBatch:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Times are `time.perf_counter()` seconds; counts are tokens or pages."""
+    """Times are `time.perf_counter()` seconds; counts are tokens or pages.
+
+    `scheduled_s` and `first_token_s` are None only for a request that timed out before it got there.
+    """
 
     arrival_s: float
-    scheduled_s: float
-    first_token_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
     finished_s: float
     token_times_s: tuple[float, ...]
     prompt_tokens: int
@@ -227,7 +256,7 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request. `finish_reason` is "stop" (end-of-sequence token) or "length" (max_tokens)."""
+    """A finished request. `finish_reason` is "stop" (end-of-sequence token), "length" (max_tokens) or "timeout"."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -235,23 +264,3 @@ class RequestOutput:
     text: str
     finish_reason: str
     metrics: RequestMetrics
-
-
-@dataclass
-class EngineStats:
-    """Counters since the last `reset_stats`. Tokens are counted where they are scheduled."""
-
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
-    prefill_time_s: float = 0.0
-    decode_time_s: float = 0.0
-    peak_pages: int = 0
-    peak_kv_bytes: int = 0
-    peak_running: int = 0
-    preemptions: int = 0
-    compressed_sequences: int = 0
-    too_short_to_compress: int = 0
-    pages_freed: int = 0

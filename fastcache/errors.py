@@ -68,3 +68,7 @@ class OutOfPages(UserError):
 
 class DeviceOutOfMemory(UserError):
     """The device has too little memory; the message names what would fit."""
+
+
+class QueueFull(UserError):
+    """The engine has as many requests waiting as it was configured to hold; try again later."""

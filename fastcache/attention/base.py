@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from fastcache.core import ForwardBatch, HostBatch
@@ -40,7 +42,8 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def plan(self, batch: ForwardBatch) -> None:
-        """Prepare for one step. Host work belongs here."""
+        """Prepare for one step. Host work belongs here. A mixed step's last `decode_rows` sequences have one new
+        token each; `split_mixed` gives both parts."""
 
     def plan_graph(self, host: HostBatch) -> None:
         """Prepare for a decode step that is captured or replayed as a graph. Only if `supports_graphs`."""
@@ -49,3 +52,27 @@ class AttentionBackend(ABC):
     @abstractmethod
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: (T, H, d); k, v: (T, Hk, d), the step's new entries, already stored. Returns (T, H, d)."""
+
+
+def split_mixed(host: HostBatch) -> tuple[HostBatch, HostBatch]:
+    """A mixed step as its prefill and its decode: of B sequences the first, and the last `decode_rows`."""
+    b = host.num_seqs - host.decode_rows
+    t = int(host.cu_seqlens_q[b])
+
+    def part(decode: bool, seqs: slice, rows: slice, cu_seqlens: np.ndarray) -> HostBatch:
+        return dataclasses.replace(
+            host,
+            decode=decode,
+            token_ids=None if decode else host.token_ids,
+            seats=host.seats[seqs],
+            positions=host.positions[rows],
+            slots=host.slots[rows],
+            cu_seqlens_q=cu_seqlens,
+            kv_lens=host.kv_lens[seqs],
+            page_table=host.page_table[seqs],
+            decode_rows=0,
+        )
+
+    prefill = part(False, slice(0, b), slice(0, t), host.cu_seqlens_q[: b + 1])
+    decode = part(True, slice(b, None), slice(t, None), host.cu_seqlens_q[b:] - t)
+    return prefill, decode

@@ -6,14 +6,18 @@ chunks with stored entries before them read the pages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.attention.base import AttentionBackend, HeadShape
+from fastcache.attention.base import AttentionBackend, HeadShape, split_mixed
 from fastcache.core import ForwardBatch, HostBatch
 from fastcache.errors import UnsupportedCombination
 from fastcache.kvcache.pool import KVPool
+
+Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 WORKSPACE_BYTES = 256 * 2**20
 DTYPES = (torch.bfloat16, torch.float16)
@@ -67,19 +71,30 @@ class FlashInfer(AttentionBackend):
         self._planned = torch.cuda.Event()
 
     def plan(self, batch: ForwardBatch) -> None:
+        # A plan writes its schedule to a pinned buffer: the copies of the step before must have left it. A mixed
+        # step plans two wrappers, each with a buffer of its own.
+        self._planned.synchronize()
         host = batch.host
         if host.decode:
-            self._plan_decode(self._eager, host)
-        elif (np.diff(host.cu_seqlens_q) == host.kv_lens).all():
-            self._plan_prefill(host, paged=False)
+            self._run = self._plan_decode(self._eager, host)
+        elif not host.decode_rows:
+            self._run = self._plan_prefill(host)
         else:
-            self._plan_prefill(host, paged=True)
+            first, rest = split_mixed(host)
+            prefill, decode = self._plan_prefill(first), self._plan_decode(self._eager, rest)
+            t = len(first.positions)
+            self._run = lambda layer, q, k, v: torch.cat(
+                (prefill(layer, q[:t], k[:t], v[:t]), decode(layer, q[t:], k[t:], v[t:]))
+            )
+        self._planned.record()
 
     def plan_graph(self, host: HostBatch) -> None:
         size = host.num_seqs
         if size not in self._graph:
             self._graph[size] = self._graph_wrapper(size)
-        self._plan_decode(self._graph[size], host)
+        self._planned.synchronize()
+        self._run = self._plan_decode(self._graph[size], host)
+        self._planned.record()
 
     def _graph_wrapper(self, size: int) -> object:
         def buffer(length: int) -> Tensor:
@@ -107,9 +122,7 @@ class FlashInfer(AttentionBackend):
         numbers = torch.from_numpy(indices).pin_memory().to(self.pool.device, non_blocking=True)
         return torch.from_numpy(indptr).pin_memory(), numbers, torch.from_numpy(last).pin_memory()
 
-    def _plan_decode(self, wrapper: object, host: HostBatch) -> None:
-        # plan writes its schedule to one pinned buffer: the copy of the step before must have left it.
-        self._planned.synchronize()
+    def _plan_decode(self, wrapper: object, host: HostBatch) -> Run:
         indptr, indices, last = self._pages(host)
         h = self.heads
         wrapper.plan(
@@ -124,39 +137,22 @@ class FlashInfer(AttentionBackend):
             kv_data_type=self.pool.shape.stored,
             sm_scale=self.scale,
         )
-        self._planned.record()
-        self._run = lambda layer, q, k, v: wrapper.run(q, (self.pool.keys[layer], self.pool.values[layer]))
+        return lambda layer, q, k, v: wrapper.run(q, (self.pool.keys[layer], self.pool.values[layer]))
 
-    def _plan_prefill(self, host: HostBatch, paged: bool) -> None:
-        self._planned.synchronize()
+    def _plan_prefill(self, host: HostBatch) -> Run:
         h, dtype = self.heads, self.pool.shape.dtype
         cu_seqlens = torch.from_numpy(host.cu_seqlens_q.astype(np.int32)).pin_memory()
         options = {"causal": True, "sm_scale": self.scale, "q_data_type": dtype}
-        if paged:
-            indptr, indices, last = self._pages(host)
-            size = self.pool.page_size
-            wrapper = self._paged
-            wrapper.plan(
-                cu_seqlens,
-                indptr,
-                indices,
-                last,
-                h.num_heads,
-                h.kv_heads,
-                h.head_dim,
-                size,
-                kv_data_type=self.pool.shape.stored,
-                **options,
-            )
-            self._run = lambda layer, q, k, v: wrapper.run(
-                q, (self.pool.keys[layer], self.pool.values[layer])
-            )
-        else:
+        if (np.diff(host.cu_seqlens_q) == host.kv_lens).all():
             self._ragged.plan(
                 cu_seqlens, cu_seqlens, h.num_heads, h.kv_heads, h.head_dim, kv_data_type=dtype, **options
             )
-            self._run = lambda layer, q, k, v: self._ragged.run(q, k, v)
-        self._planned.record()
+            return lambda layer, q, k, v: self._ragged.run(q, k, v)
+        indptr, indices, last = self._pages(host)
+        options["kv_data_type"] = self.pool.shape.stored
+        shape = (h.num_heads, h.kv_heads, h.head_dim, self.pool.page_size)
+        self._paged.plan(cu_seqlens, indptr, indices, last, *shape, **options)
+        return lambda layer, q, k, v: self._paged.run(q, (self.pool.keys[layer], self.pool.values[layer]))
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._run(layer, q, k, v)

@@ -8,6 +8,9 @@ side as extra queries, so keys and values are never repeated.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,36 +20,62 @@ from fastcache.attention.base import AttentionBackend
 from fastcache.core import ForwardBatch
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that are padded to each other. B of them; real queries are flattened to T."""
+
+    page_table: Tensor  # (B, max_pages)
+    rows: Tensor  # (B, max_q) rows of the step's packed queries
+    flat: Tensor  # (T,) which of B * max_q are real
+    mask: Tensor  # (B, 1, group * max_q, max_kv)
+    max_kv: int
+    own: bool  # every sequence starts in this step, so it attends the step's own keys and values
+
+
 class TorchSDPA(AttentionBackend):
     name = "torch-sdpa"
 
     def plan(self, batch: ForwardBatch) -> None:
-        starts, kv_lens = batch.cu_seqlens_q[:-1], batch.kv_lens
-        q_lens = batch.cu_seqlens_q[1:] - starts
-        self._max_q = int(np.diff(batch.host.cu_seqlens_q).max())
-        self._max_kv = int(batch.host.kv_lens.max())
-        whole = bool((np.diff(batch.host.cu_seqlens_q) == batch.host.kv_lens).all())
-        self._own = whole and not batch.host.decode
-        self._page_table = batch.page_table
-        query = torch.arange(self._max_q, device=starts.device)
-        entry = torch.arange(self._max_kv, device=starts.device)
+        b = len(batch.host.kv_lens)
+        # Single tokens padded to the length of a prompt would cost as much as a prompt each.
+        cuts = (0, b - batch.host.decode_rows, b) if batch.host.decode_rows else (0, b)
+        self._parts = [self._part(batch, slice(*cut)) for cut in itertools.pairwise(cuts)]
+
+    def _part(self, batch: ForwardBatch, seqs: slice) -> _Part:
+        starts, kv_lens = batch.cu_seqlens_q[:-1][seqs], batch.kv_lens[seqs]
+        q_lens = batch.cu_seqlens_q[1:][seqs] - starts
+        max_q = int(np.diff(batch.host.cu_seqlens_q)[seqs].max())
+        max_kv = int(batch.host.kv_lens[seqs].max())
+        whole = bool((np.diff(batch.host.cu_seqlens_q) == batch.host.kv_lens)[seqs].all())
+        query = torch.arange(max_q, device=starts.device)
+        entry = torch.arange(max_kv, device=starts.device)
         # Rows past a sequence's last query repeat row 0; they are computed and dropped.
         real = query < q_lens[:, None]  # (B, max_q)
-        self._rows = torch.where(real, starts[:, None] + query, 0)
-        self._flat = real.flatten().nonzero().squeeze(1)
+        rows = torch.where(real, starts[:, None] + query, 0)
         last = (kv_lens - q_lens)[:, None] + query  # last entry each query may see
         last = torch.minimum(last, kv_lens[:, None] - 1)
-        mask = entry <= last[:, :, None]  # (B, max_q, max_kv)
-        self._mask = mask[:, None].repeat(1, 1, self.heads.group, 1)
+        mask = (entry <= last[:, :, None])[:, None]  # (B, 1, max_q, max_kv)
+        return _Part(
+            batch.page_table[seqs],
+            rows,
+            real.flatten().nonzero().squeeze(1),
+            mask.repeat(1, 1, self.heads.group, 1),
+            max_kv,
+            own=whole and not batch.host.decode,
+        )
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        h, (b, n) = self.heads, self._rows.shape
-        if self._own:
-            keys, values = (x[self._rows].transpose(1, 2) for x in (k, v))
+        parts = [self._attend(part, layer, q, k, v) for part in self._parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(self, part: _Part, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        h, (b, n) = self.heads, part.rows.shape
+        if part.own:
+            keys, values = (x[part.rows].transpose(1, 2) for x in (k, v))
         else:
-            keys, values = self.pool.gather(layer, self._page_table, self._max_kv)
-        padded = q[self._rows].view(b, n, h.kv_heads, h.group, h.head_dim)
+            keys, values = self.pool.gather(layer, part.page_table, part.max_kv)
+        padded = q[part.rows].view(b, n, h.kv_heads, h.group, h.head_dim)
         padded = padded.permute(0, 2, 3, 1, 4).reshape(b, h.kv_heads, h.group * n, h.head_dim)
-        out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=self._mask, scale=self.scale)
+        out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=part.mask, scale=self.scale)
         out = out.view(b, h.kv_heads, h.group, n, h.head_dim).permute(0, 3, 1, 2, 4)
-        return out.reshape(b * n, h.num_heads, h.head_dim)[self._flat]
+        return out.reshape(b * n, h.num_heads, h.head_dim)[part.flat]

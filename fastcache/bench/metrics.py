@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastcache.core import EngineStats, RequestMetrics, RequestOutput
+from fastcache.core import RequestMetrics, RequestOutput
+from fastcache.stats import EngineStats
 
 SAMPLE_REQUESTS, SAMPLE_TOKENS = 16, 64
 

@@ -42,7 +42,7 @@ class BatchBuilder:
         sampling = np.fromiter((c.sample for c in chunks), bool, len(chunks))
         return HostBatch(
             decode=step.decode,
-            token_ids=None if step.decode else _known_ids(chunks),
+            token_ids=None if step.decode else _known_ids(chunks[: len(chunks) - step.decode_rows]),
             seats=seats,
             positions=starts[rows] + within,
             slots=slots_of(table, rows, kv_starts[rows] + within, self.page_size),
@@ -51,6 +51,7 @@ class BatchBuilder:
             page_table=table,
             sample_rows=cu_seqlens[1:][sampling] - 1,
             sample_seats=seats[sampling],
+            decode_rows=step.decode_rows,
         )
 
 
@@ -72,14 +73,20 @@ def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 def to_device(host: HostBatch, last_tokens: Tensor) -> ForwardBatch:
     """last_tokens: (max_num_seqs,) int64, the newest sampled token of each seat, on the device."""
     device = last_tokens.device
-    ids = host.seats if host.token_ids is None else host.token_ids
+    on_device = host.num_seqs if host.decode else host.decode_rows  # sequences whose token is on the device
+    seats_of = host.seats[host.num_seqs - on_device :]
+    known = [] if host.token_ids is None else host.token_ids
+    ids = np.concatenate((known, seats_of)).astype(np.int64)
     numbers = [ids, host.positions, host.slots, host.cu_seqlens_q, host.kv_lens]
     ids, positions, slots, cu_seqlens, kv_lens, rows, seats = upload(
         [*numbers, host.sample_rows, host.sample_seats], device
     )
+    if on_device:
+        split = len(ids) - on_device
+        ids = torch.cat((ids[:split], last_tokens[ids[split:]]))
     return ForwardBatch(
         host=host,
-        input_ids=last_tokens[ids] if host.token_ids is None else ids,
+        input_ids=ids,
         positions=positions,
         slot_mapping=slots,
         cu_seqlens_q=cu_seqlens,

@@ -13,15 +13,17 @@ from fastcache.attention.base import HeadShape
 from fastcache.attention.select import select_backend
 from fastcache.compression.registry import create
 from fastcache.config import EngineConfig
-from fastcache.core import EngineStats
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
 from fastcache.engine.batch import BatchBuilder
+from fastcache.engine.chunks import Limits
 from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
+from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
 from fastcache.engine.runner import Runner
-from fastcache.engine.scheduler import Limits, Scheduler
+from fastcache.engine.scheduler import Scheduler
+from fastcache.engine.stages import stage_policy
 from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.pages import PageAllocator
 from fastcache.kvcache.pool import KVPool, KVShape
@@ -31,6 +33,7 @@ from fastcache.models.config import ModelConfig, load_model_config
 from fastcache.models.loader import load_model
 from fastcache.models.pictures import PictureProcessor, load_processor
 from fastcache.models.weights import WeightsInfo
+from fastcache.stats import EngineStats
 from fastcache.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class Parts:
             "kv_bytes_per_token": pool.shape.bytes_per_token,
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.scheduler.limits.max_num_batched_tokens,
+            "policy": self.config.policy,
             "prefix_caching": self.scheduler.prefix is not None,
             "tokens_per_image": vision.tokens_per_image if vision is not None else None,
             "partition": self.partition.report(),
@@ -87,8 +91,9 @@ def build(config: EngineConfig) -> Parts:
     max_model_len = _max_model_len(config, model_config)
     method = create(config.compression) if config.compression else None
     tokens_per_step = prefill_tokens(config, model_config, dtype, device)
+    policy = stage_policy(config.policy)
     if method is not None:
-        _check_method(method, tokens_per_step)
+        _check_method(method, tokens_per_step, policy.deferred)
     vision = model_config.vision
     processor = load_processor(config.model, vision) if vision is not None else None
     split = partition(config.partition, device)
@@ -107,6 +112,8 @@ def build(config: EngineConfig) -> Parts:
         EngineStats(),
         PrefixCache(allocator, config.page_size) if config.enable_prefix_caching else None,
         MethodPlan(method, config.compression.compression_ratio) if method is not None else None,
+        policy,
+        config.immediate_release,
     )
     compress = split.compress if config.partition.enabled else None
     runner = Runner(
@@ -119,6 +126,9 @@ def build(config: EngineConfig) -> Parts:
         use_graphs=not config.enforce_eager,
         stream=split.main if config.partition.enabled else None,
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
+        deferred=DeferredCompressor(method, pool, model_config.num_layers, compress)
+        if method is not None
+        else None,
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
@@ -182,11 +192,17 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len or limit
 
 
-def _check_method(method: Any, tokens_per_step: int) -> None:
+def _check_method(method: Any, tokens_per_step: int, deferred: bool) -> None:
     missing = method.needs - SUPPORTED_NEEDS
     if missing:
         raise UnsupportedCombination(
             f"method {method.name!r} needs {', '.join(sorted(missing))}, which the engine does not collect."
+        )
+    kept_needs = method.needs - DEFERRABLE_NEEDS
+    if deferred and kept_needs:
+        raise UnsupportedCombination(
+            f"method {method.name!r} needs {', '.join(sorted(kept_needs))} of the prefill itself, and a policy with "
+            "fixed batches compresses after it. Use policy default, fcfs or dynamic, or another method."
         )
     if method.window > tokens_per_step:
         raise ConfigError(

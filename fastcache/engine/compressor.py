@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,16 +32,58 @@ class MethodPlan:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """The n sequences of one step whose context ends in it. Tables on the device, sizes on the host."""
+class Work:
+    """The n sequences that are compressed together. Tables on the device, sizes on the host."""
 
     table: Tensor  # (n, pages) their full pages
     fresh: Tensor  # (n, pages) where the kept entries go
     lengths: Tensor  # (n,) int64
     budgets: Tensor  # (n,) int64
-    window_rows: Tensor  # (n, w) int64: rows of q that hold the last w queries
+    window_rows: Tensor | None  # (n, w) int64: rows of q that hold the last w queries, inside a prefill
     max_length: int
     max_budget: int
+
+    @classmethod
+    def of(
+        cls,
+        table: np.ndarray,
+        fresh: np.ndarray,
+        lengths: Many[int],
+        budgets: Many[int],
+        window: np.ndarray | None,
+        device: torch.device,
+    ) -> Work:
+        numbers = [np.asarray(each, np.int64) for each in (lengths, budgets)]
+        tensors = [to_device(each, device) for each in (table, fresh, *numbers)]
+        rows = None if window is None else to_device(window, device)
+        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def page_tables(pages: Many[Many[int]]) -> np.ndarray:
+    """(n, longest) int32, the scratch page where a sequence has fewer."""
+    table = np.full((len(pages), max(map(len, pages))), SCRATCH_PAGE, np.int32)
+    for row, numbers in enumerate(pages):
+        table[row, : len(numbers)] = numbers
+    return table
+
+
+def window_rows(host: HostBatch, rows: list[int], window: int) -> np.ndarray:
+    """(n, w) int64: where a step's packed queries hold the last `window` of each of `rows`."""
+    return host.cu_seqlens_q[1:][rows][:, None] + np.arange(-window, 0)
+
+
+def compress_layer(
+    method: EvictionMethod, pool: KVPool, layer: int, num_layers: int, work: Work, queries: Tensor | None
+) -> None:
+    """Score, select and repack one layer. queries: (n, H, w, d) for a method that needs them."""
+    keys, values = pool.gather(layer, work.table, work.max_length)
+    view = LayerKV(layer, num_layers, keys, values, work.lengths, work.budgets, window_queries=queries)
+    kept = select(method.score(view), work.lengths, work.budgets, work.max_budget)
+    repack_layer(pool, layer, keys, values, kept, work.fresh)
 
 
 class InlineCompressor:
@@ -59,7 +102,7 @@ class InlineCompressor:
     ) -> None:
         self.method, self.pool, self.num_layers = method, pool, num_layers
         self.stream = stream
-        self._work: _Work | None = None
+        self._work: Work | None = None
 
     def begin(self, step: Step, host: HostBatch) -> bool:
         """Note which sequences of the step are to be compressed; False if none is."""
@@ -68,26 +111,13 @@ class InlineCompressor:
             self._work = None
             return False
         chunks = [step.chunks[row] for row in rows]
-        width = max(len(chunk.fresh_pages) for chunk in chunks)
-        fresh = np.full((len(rows), width), SCRATCH_PAGE, np.int32)
-        for row, chunk in enumerate(chunks):
-            fresh[row, : len(chunk.fresh_pages)] = chunk.fresh_pages
-        lengths = host.kv_lens[rows]
-        budgets = np.asarray([chunk.kept for chunk in chunks], np.int64)
-        ends = host.cu_seqlens_q[1:][rows]
-        window = np.arange(-self.method.window, 0)
-
-        def to(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(self.pool.device, non_blocking=True)
-
-        self._work = _Work(
-            table=to(host.page_table[rows]),
-            fresh=to(fresh),
-            lengths=to(lengths.astype(np.int64)),
-            budgets=to(budgets),
-            window_rows=to(ends[:, None] + window),
-            max_length=int(lengths.max()),
-            max_budget=int(budgets.max()),
+        self._work = Work.of(
+            host.page_table[rows],
+            page_tables([chunk.fresh_pages for chunk in chunks]),
+            host.kv_lens[rows],
+            [chunk.kept for chunk in chunks],
+            window_rows(host, rows, self.method.window),
+            self.pool.device,
         )
         return True
 
@@ -106,13 +136,7 @@ class InlineCompressor:
             hand_over(self.stream, torch.cuda.current_stream())
 
     def _compress(self, layer: int, q: Tensor) -> None:
-        work = self._work
-        keys, values = self.pool.gather(layer, work.table, work.max_length)
         queries = None
         if "window_queries" in self.method.needs:
-            queries = q[work.window_rows].transpose(1, 2)
-        view = LayerKV(
-            layer, self.num_layers, keys, values, work.lengths, work.budgets, window_queries=queries
-        )
-        kept = select(self.method.score(view), work.lengths, work.budgets, work.max_budget)
-        repack_layer(self.pool, layer, keys, values, kept, work.fresh)
+            queries = q[self._work.window_rows].transpose(1, 2)
+        compress_layer(self.method, self.pool, layer, self.num_layers, self._work, queries)

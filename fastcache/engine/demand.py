@@ -20,14 +20,20 @@ class CompressionPlan(Protocol):
 
 
 class PageDemand:
-    """Page counts of sequences, compressed or to be compressed."""
+    """Page counts of sequences, compressed or to be compressed.
 
-    def __init__(self, page_size: int, compression: CompressionPlan | None) -> None:
+    Without `immediate_release` a compressed sequence keeps its old pages until its request ends.
+    """
+
+    def __init__(
+        self, page_size: int, compression: CompressionPlan | None, immediate_release: bool = True
+    ) -> None:
         self.page_size, self.compression = page_size, compression
+        self.immediate_release = immediate_release
 
     def kept(self, seq: Sequence) -> int:
         """Entries kept of a context that is still to be compressed, else 0."""
-        if self.compression is None or seq.compressed:
+        if self.compression is None or seq.compressed or seq.leave_whole:
             return 0
         return self.compression.kept(seq.request.compress_at)
 
@@ -41,8 +47,10 @@ class PageDemand:
         stored = seq.kv_len + seq.num_tokens - seq.num_computed + max(new_tokens - 1, 0)
         if not kept:
             return pages_for(stored, self.page_size)
-        copies = pages_for(context, self.page_size) + pages_for(kept, self.page_size)
-        return max(copies, pages_for(stored - context + kept, self.page_size))
+        old, later = pages_for(context, self.page_size), pages_for(stored - context + kept, self.page_size)
+        if not self.immediate_release:
+            return old + later
+        return max(old + pages_for(kept, self.page_size), later)
 
     def expected(self, seq: Sequence) -> int:
         """Known with `ignore_eos`; else a page ahead, and preemption settles what was guessed too low."""

@@ -14,13 +14,16 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 from fastcache.config import EngineConfig, SamplingParams, require
-from fastcache.core import EngineStats, Request, RequestMetrics, RequestOutput, Sequence
+from fastcache.core import Request, RequestMetrics, RequestOutput, Sequence, Step
 from fastcache.device.green_context import partition
 from fastcache.engine.build import Parts, build
+from fastcache.engine.compress_stage import CompressionJob
+from fastcache.engine.jobs import Jobs
 from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
-from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, UnsupportedCombination
+from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, QueueFull, UnsupportedCombination
+from fastcache.stats import EngineStats
 
 
 class LLM:
@@ -37,6 +40,7 @@ class LLM:
         self._reader = PromptReader(self.model_config, self.tokenizer, self._parts.processor)
         self._scheduler, self._runner = self._parts.scheduler, self._parts.runner
         self._stats = self._scheduler.stats
+        self._jobs = Jobs(self._scheduler, self._runner)
         self._pending: PendingTokens | None = None
         self._last_result_s = 0.0
         self._ids = itertools.count()
@@ -52,12 +56,15 @@ class LLM:
         request_id: str | None = None,
         arrival_s: float | None = None,
         context_len: int | None = None,
+        timeout_s: float | None = None,
     ) -> str:
-        """Queue one prompt; returns its id. Errors: `PromptTooLong`, `OutOfPages`, `ConfigError`, `ImageError`.
+        """Queue one prompt; returns its id. Errors: `PromptTooLong`, `OutOfPages`, `ConfigError`, `ImageError`,
+        `QueueFull`.
 
         With pictures a prompt is {"prompt": text or ids, "images": [path, bytes or PIL image, ...]} and has an
         `<image>` for each. `context_len`: how many leading tokens compression may shrink (default: the whole
-        prompt), an `<image>` being one.
+        prompt), an `<image>` being one. `timeout_s`: seconds from its arrival after which it ends with what it
+        has (default: never).
         """
         arrival = time.perf_counter() if arrival_s is None else arrival_s
         read = self._reader.read(prompt, context_len)
@@ -66,7 +73,7 @@ class LLM:
         request_id = str(number) if request_id is None else request_id
         if request_id in self._live:
             raise ConfigError(f"request id {request_id!r} is in use; give each request its own.")
-        request = Request(request_id, read.tokens, params, arrival, read.context_len, read.images)
+        request = Request(request_id, read.tokens, params, arrival, read.context_len, read.images, timeout_s)
         seq = Sequence(request)
         self._check(seq)
         self._live[request_id] = seq
@@ -78,6 +85,10 @@ class LLM:
 
     def _check(self, seq: Sequence) -> None:
         request, limit = seq.request, self._parts.max_model_len
+        require(
+            request.timeout_s is None or request.timeout_s > 0,
+            f"timeout_s is {request.timeout_s}; allowed is a positive number of seconds, or None.",
+        )
         wanted = seq.prompt_len + request.sampling.max_tokens
         if wanted > limit:
             raise PromptTooLong(
@@ -96,6 +107,9 @@ class LLM:
                 f"pages of {self.config.page_size} tokens, the KV pool has {have}. Raise num_pages or "
                 "gpu_memory_utilization, or shorten the request."
             )
+        waiting, most = len(self._scheduler.waiting), self.config.max_waiting
+        if most is not None and waiting >= most:
+            raise QueueFull(f"{waiting} requests are waiting and max_waiting is {most}; send it again later.")
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; its pages are free at once. Unknown or finished ids are ignored."""
@@ -103,6 +117,7 @@ class LLM:
         if seq is not None:
             self._scheduler.cancel(seq)
             self._seeds.pop(request_id)
+            self._runner.forget(seq)
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -110,14 +125,19 @@ class LLM:
         return self._scheduler.has_unfinished
 
     def step(self) -> list[RequestOutput]:
-        """Launch the next step and deliver the one before it; returns the requests that finished."""
-        finished: list[RequestOutput] = []
+        """Launch the next step and deliver the one before it; returns the requests that ended."""
+        now = time.perf_counter()
+        finished = [self._output(seq, now) for seq in self._scheduler.expire(now)]
+        self._jobs.receive(wait=False)
         try:
-            step = self._scheduler.schedule()
+            step = self._next()
         except Drain:
-            finished = self._deliver()
-            step = self._scheduler.schedule()
+            finished += self._deliver()
+            self._jobs.receive(wait=True)
+            step = self._next()
         if step is None:
+            if self._pending is None:
+                self._jobs.receive(wait=True)
             return finished + self._deliver()
         launched = self._runner.launch(step, self._seeds)
         self._scheduler.commit(step, launched.launched_s)
@@ -128,6 +148,12 @@ class LLM:
             finished += self._deliver()
         return finished
 
+    def _next(self) -> Step | None:
+        """The next step; compressions that come before it are launched on the way."""
+        while isinstance(work := self._scheduler.schedule(), CompressionJob):
+            self._jobs.launch(work)
+        return work
+
     def _deliver(self) -> list[RequestOutput]:
         if self._pending is None:
             return []
@@ -136,27 +162,25 @@ class LLM:
         now = time.perf_counter()
         self._account(pending, now)
         done = self._scheduler.complete(pending.step, tokens, self._parts.eos, now)
-        return [self._output(seq) for seq in done]
+        return [self._output(seq, now) for seq in done]
 
     def _account(self, pending: PendingTokens, now: float) -> None:
         """A step's time runs from its launch, or from the end of the step before it if that came later."""
-        elapsed = now - max(self._last_result_s, pending.launched_s)
+        elapsed = now - max(self._last_result_s, pending.launched_s) - self._jobs.seconds_before_step()
         self._last_result_s = now
-        if pending.step.decode:
-            self._stats.decode_time_s += elapsed
-        else:
-            self._stats.prefill_time_s += elapsed
+        self._stats.add_time(pending.step, elapsed)
 
-    def _output(self, seq: Sequence) -> RequestOutput:
-        request = seq.request
+    def _output(self, seq: Sequence, now: float) -> RequestOutput:
+        request, times = seq.request, seq.token_times_s
         del self._live[request.request_id], self._seeds[request.request_id]
+        self._runner.forget(seq)
         text = self.tokenizer.decode(seq.output_ids) if self.tokenizer is not None else ""
         metrics = RequestMetrics(
             arrival_s=request.arrival_s,
             scheduled_s=seq.scheduled_s,
-            first_token_s=seq.token_times_s[0],
-            finished_s=seq.token_times_s[-1],
-            token_times_s=tuple(seq.token_times_s),
+            first_token_s=times[0] if times else None,
+            finished_s=now if seq.finish_reason == "timeout" else times[-1],
+            token_times_s=tuple(times),
             prompt_tokens=seq.prompt_len,
             output_tokens=len(seq.output_ids),
             cached_tokens=seq.cached_tokens,
@@ -243,4 +267,4 @@ class LLM:
     def close(self) -> None:
         """Give the device's memory back. The object cannot be used afterwards."""
         self._parts.close()
-        del self._parts, self._runner, self._scheduler
+        del self._parts, self._runner, self._scheduler, self._jobs

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastcache.attention.base import AttentionBackend
-from fastcache.core import ForwardBatch, Step
+from fastcache.core import ForwardBatch, Sequence, Step
 from fastcache.device.streams import hand_over
 from fastcache.engine.batch import BatchBuilder, to_device, upload
+from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.cuda_graphs import DecodeGraphs
+from fastcache.engine.deferred import DeferredCompressor, LaunchedJob
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.sampler import sample, sampling_batch
 from fastcache.errors import DeviceOutOfMemory
@@ -54,9 +57,10 @@ class Runner:
         use_graphs: bool,
         stream: torch.cuda.Stream | None = None,
         pictures: PictureEmbedder | None = None,
+        deferred: DeferredCompressor | None = None,
     ) -> None:
-        self.model, self.pool, self.backend = model, pool, backend
-        self.builder, self.compressor, self.pictures = builder, compressor, pictures
+        self.model, self.pool, self.backend, self.builder = model, pool, backend, builder
+        self.compressor, self.deferred, self.pictures = compressor, deferred, pictures
         self.device = pool.device
         self._stream = stream  # None: the device's default stream
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
@@ -70,8 +74,9 @@ class Runner:
         self._stream = main
         if self.graphs is not None:
             self.graphs.home = main
-        if self.compressor is not None:
-            self.compressor.stream = compress
+        for each in (self.compressor, self.deferred):
+            if each is not None:
+                each.stream = compress
 
     @torch.inference_mode()
     def launch(self, step: Step, seeds: dict[str, int]) -> PendingTokens:
@@ -80,12 +85,28 @@ class Runner:
         Errors: `DeviceOutOfMemory`, after which the engine is to be closed.
         """
         launched_s = time.perf_counter()
+        with self._on_device(f"a step of {step.num_tokens} tokens"):
+            return self._launch(step, seeds, launched_s)
+
+    @torch.inference_mode()
+    def compress(self, job: CompressionJob) -> LaunchedJob:
+        """Start a compression of its own, behind all steps launched so far. Errors: `DeviceOutOfMemory`."""
+        with self._on_device(f"a compression of {job.num_tokens} tokens"):
+            return self.deferred.launch(job)
+
+    def forget(self, seq: Sequence) -> None:
+        """`seq` has ended: drop what was kept for it."""
+        if self.deferred is not None:
+            self.deferred.forget(seq)
+
+    @contextmanager
+    def _on_device(self, what: str) -> Iterator[None]:
         try:
             with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-                return self._launch(step, seeds, launched_s)
+                yield
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(
-                f"the device ran out of memory in a step of {step.num_tokens} tokens ({error}). Lower "
+                f"the device ran out of memory in {what} ({error}). Lower "
                 "gpu_memory_utilization, which leaves a step more room beside the KV pool, or max_num_batched_tokens."
             ) from error
 
@@ -100,20 +121,22 @@ class Runner:
         return self._sample(step, logits, seats, seeds, launched_s)
 
     def _forward(self, step: Step, batch: ForwardBatch) -> Tensor:
-        compressing = self.compressor is not None and self.compressor.begin(step, batch.host)
+        watching = [
+            each for each in (self.compressor, self.deferred) if each and each.begin(step, batch.host)
+        ]
         self.backend.plan(batch)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.pool.write(layer, k, v, batch.slot_mapping)
             out = self.backend.run(layer, q, k, v)
-            if compressing:
-                self.compressor.layer(layer, q)
+            for each in watching:
+                each.layer(layer, q)
             return out
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)
         hidden = self.model(batch.input_ids, batch.positions, attend, embeddings)
-        if compressing:
-            self.compressor.finish()
+        for each in watching:
+            each.finish()
         return self.model.logits(hidden[batch.sample_rows])
 
     def decode_logits(self, seats: Tensor, positions: Tensor, slots: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcache.bench.metrics import Round, percentile, spread, summarise
-from fastcache.core import EngineStats, RequestMetrics, RequestOutput
+from fastcache.core import RequestMetrics, RequestOutput
+from fastcache.stats import EngineStats
 
 
 def output(number: int, first: float = 1.0, tokens: int = 5, step: float = 0.1, **changes) -> RequestOutput:

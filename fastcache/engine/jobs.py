@@ -1,0 +1,53 @@
+"""Compressions under way: launched when scheduled, taking effect between two steps, timed without waiting."""
+
+from __future__ import annotations
+
+import time
+
+from fastcache.device.timing import Span
+from fastcache.engine.compress_stage import CompressionJob
+from fastcache.engine.deferred import LaunchedJob
+from fastcache.engine.runner import Runner
+from fastcache.engine.scheduler import Scheduler
+
+
+class Jobs:
+    """Between the scheduler, which plans jobs and swaps page tables, and the runner, which carries them out."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self._scheduler, self._runner = scheduler, runner
+        self._under_way: list[LaunchedJob] = []
+        self._spans: list[
+            tuple[Span, bool]
+        ] = []  # of launched jobs, and whether it is part of the next step's time
+
+    def launch(self, job: CompressionJob) -> None:
+        self._scheduler.stage.launched(job, self._scheduler.stats)
+        launched = self._runner.compress(job)
+        # A job in the main stream delays the step behind it; on a CPU it is over before that step starts.
+        self._spans.append((launched.span, launched.ready is None and self._runner.device.type == "cuda"))
+        self._under_way.append(launched)
+        if launched.ready is None:
+            self.receive(wait=False)
+
+    def receive(self, wait: bool) -> None:
+        """Jobs that are done take effect. `wait`: for all that are under way."""
+        for launched in list(self._under_way):
+            if wait:
+                launched.wait()
+            if launched.done():
+                self._under_way.remove(launched)
+                self._scheduler.stage.finished(launched.job, self._scheduler.stats, time.perf_counter())
+
+    def seconds_before_step(self) -> float:
+        """Count the time of finished jobs; returns the part that a step's elapsed time has in it."""
+        inside, left = 0.0, []
+        for span, in_step in self._spans:
+            seconds = span.seconds()
+            if seconds is None:
+                left.append((span, in_step))
+                continue
+            self._scheduler.stats.compress_time_s += seconds
+            inside += seconds if in_step else 0.0
+        self._spans = left
+        return inside

@@ -1,0 +1,77 @@
+"""What the engine counts while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastcache.core import Step
+
+
+@dataclass(frozen=True)
+class KVSample:
+    """Pages in use at one moment (`time.perf_counter()` seconds), by the stage of their sequences, and counts of
+    requests. `before`: in prefill, or stored and not yet compressed, fresh pages included. `compressed`, `whole`:
+    decoding from a compressed or a full cache. `held`: compressed away, kept until their request ends."""
+
+    time_s: float
+    before: int
+    compressed: int
+    whole: int
+    held: int
+    running: int
+    waiting: int
+
+
+@dataclass
+class EngineStats:
+    """Counters since the last `reset_stats`. Tokens are counted where they are scheduled.
+
+    `prefill_tokens` and `decode_tokens` include those of mixed steps, which the `mixed_` fields repeat; the times
+    are of pure steps, mixed steps and compression steps apart. `kv` holds a bounded number of samples.
+    """
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    prefill_time_s: float = 0.0
+    decode_time_s: float = 0.0
+    peak_pages: int = 0
+    peak_kv_bytes: int = 0
+    peak_running: int = 0
+    preemptions: int = 0
+    compressed_sequences: int = 0
+    too_short_to_compress: int = 0
+    left_whole: int = 0
+    pages_freed: int = 0
+    mixed_steps: int = 0
+    mixed_prefill_tokens: int = 0
+    mixed_decode_tokens: int = 0
+    mixed_time_s: float = 0.0
+    compress_steps: int = 0
+    compress_time_s: float = 0.0
+    timeouts: int = 0
+    kv: list[KVSample] = field(default_factory=list)
+
+    def count(self, step: Step) -> None:
+        """Add a launched step."""
+        self.prefill_tokens += step.prefill_tokens
+        self.decode_tokens += step.decode_tokens
+        if step.decode_rows:
+            self.mixed_steps += 1
+            self.mixed_prefill_tokens += step.prefill_tokens
+            self.mixed_decode_tokens += step.decode_tokens
+        elif step.decode:
+            self.decode_steps += 1
+        else:
+            self.prefill_steps += 1
+
+    def add_time(self, step: Step, seconds: float) -> None:
+        """Add how long a step took."""
+        if step.decode_rows:
+            self.mixed_time_s += seconds
+        elif step.decode:
+            self.decode_time_s += seconds
+        else:
+            self.prefill_time_s += seconds

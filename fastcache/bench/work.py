@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastcache.core import EngineStats, RequestMetrics
+from fastcache.core import RequestMetrics
 from fastcache.device.ceilings import Ceilings
+from fastcache.stats import EngineStats
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from fastcache.bench.work import kv_entries_read, layer_parameters, prefill_flops, step_bytes, utilisation
-from fastcache.core import EngineStats
 from fastcache.device import ceilings
 from fastcache.models.config import load_model_config
+from fastcache.stats import EngineStats
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from typing import Any
 
@@ -19,10 +20,19 @@ from fastcache.config import (
     require,
 )
 
+PLACEHOLDER = "<image>"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
     parser.add_argument("--model", required=True, metavar="PATH", help="a local Hugging Face folder")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture for the next <image> in the prompts; with --chat, for the prompt; may be repeated",
+    )
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     parser.add_argument("--max-tokens", type=positive_int, default=64, help="stop after so many tokens")
     parser.add_argument("--temperature", type=number, default=0.0, help="0 always takes the likeliest token")
@@ -57,16 +67,38 @@ def run(args: argparse.Namespace) -> int:
         "max_num_seqs": len(args.prompts),
         "compression": _compression(args),
     }
+    prompts = _prompts(args)
     from fastcache import LLM  # torch loads here, after the arguments were found to be right
 
     llm = LLM(args.model, **options)
     try:
-        prompts = [_chat(llm.tokenizer, text) for text in args.prompts] if args.chat else args.prompts
+        if args.chat:
+            prompts = [_chat(llm.tokenizer, text, args.image) for text in args.prompts]
         for output in llm.generate(prompts, sampling):
             sys.stdout.write(f"{output.text.strip() if args.chat else output.text}\n")
     finally:
         llm.close()
     return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[Any]:
+    """What `LLM.generate` is given. Pictures go to the prompts in the order of their placeholders."""
+    if not args.image:
+        return args.prompts
+    if args.chat:
+        require(len(args.prompts) == 1, "--chat with --image takes one prompt; give one at a time.")
+        return args.prompts
+    wanted = [text.count(PLACEHOLDER) for text in args.prompts]
+    require(
+        sum(wanted) == len(args.image),
+        f"the prompts have {sum(wanted)} {PLACEHOLDER} and {len(args.image)} --image were given; each {PLACEHOLDER} "
+        'needs one, as in "USER: <image>\\nWhat is this? ASSISTANT:".',
+    )
+    images = iter(args.image)
+    return [
+        {"prompt": text, "images": list(itertools.islice(images, count))}
+        for text, count in zip(args.prompts, wanted, strict=True)
+    ]
 
 
 def _compression(args: argparse.Namespace) -> CompressionConfig | None:
@@ -78,7 +110,13 @@ def _compression(args: argparse.Namespace) -> CompressionConfig | None:
     return CompressionConfig.from_dict({"method": args.method, "compression_factor": factor})
 
 
-def _chat(tokenizer: Any, text: str) -> list[int]:
+def _chat(tokenizer: Any, text: str, images: list[str]) -> Any:
     require(tokenizer is not None, "--chat needs a tokenizer, and the model's folder has none.")
-    message = [{"role": "user", "content": text}]
-    return tokenizer.encode(tokenizer.apply_chat_template(message), add_special_tokens=False)
+    if not images:
+        message = [{"role": "user", "content": text}]
+        return tokenizer.encode(tokenizer.apply_chat_template(message), add_special_tokens=False)
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": content}])
+    # LLaVA's templates leave the first token to the tokenizer, others write it themselves.
+    begun = chat.startswith(tokenizer.special_tokens.get("bos_token", "\0"))
+    return {"prompt": tokenizer.encode(chat, add_special_tokens=not begun), "images": images}

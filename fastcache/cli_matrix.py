@@ -48,6 +48,12 @@ def _add_requests(group: Any) -> None:
     group.add_argument(
         "--synthetic-output", type=positive_int, default=512, help="generated tokens (also of english-prose)"
     )
+    group.add_argument(
+        "--synthetic-images",
+        type=count,
+        default=0,
+        help="pictures per request; their tokens count in the prompt's",
+    )
     group.add_argument("--synthetic-token", default="", help="fill every prompt with this text, repeated")
     group.add_argument(
         "--synthetic-dialogue", action="store_true", help="fill prompts with a dialogue pattern"
@@ -63,7 +69,11 @@ def _add_requests(group: Any) -> None:
 
 
 def _add_method(group: Any) -> None:
-    group.add_argument("--method", default="snapkv", help=f"of {', '.join(METHODS)}; comma-separated")
+    group.add_argument(
+        "--method",
+        help=f"of {', '.join(METHODS)}; comma-separated; if not given, snapkv, and mlp for llava-mlp with a "
+        "--compressor-path",
+    )
     group.add_argument("--compression-factor", default="5", help="5 keeps a fifth; comma-separated")
     group.add_argument("--greenctx-compress-ratio", type=number, help="share of the SMs; 0.25 if not given")
     group.add_argument("--greenctx-main-ratio", type=number, help="share of the SMs; the rest if not given")
@@ -95,16 +105,11 @@ def _add_engine(group: Any) -> None:
 
 def matrix_config(args: argparse.Namespace) -> dict[str, Any]:
     """The command line in the form of `config/config.yaml`. Errors: `UnknownName`, `ConfigError`."""
-    methods = names("--method", args.method)
-    require(
-        args.compressor_path is None or "mlp" in methods,
-        "--compressor-path is the checkpoint of the method 'mlp'; add `--method mlp`, or leave it out.",
-    )
     split = complete_split(args.greenctx_compress_ratio, args.greenctx_main_ratio)
     config = {
         "models": _models(args),
         "workloads": [_workload(args, name) for name in _workload_names(args)],
-        "methods": methods,
+        "methods": [_method(args, name) for name in names("--method", args.method or "snapkv")],
         "compression_factors": values("--compression-factor", args.compression_factor, number),
         "greenctx": {
             "splits": [{"compress_ratio": split[0], "main_ratio": split[1]}],
@@ -147,7 +152,22 @@ def _models(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for name in chosen:
         models.alias(name)
         models.check_source(name, paths[name], args.load_format)
-    return {name: {"path": paths[name], "load_format": args.load_format} for name in chosen}
+    entries = {name: {"path": paths[name], "load_format": args.load_format} for name in chosen}
+    if args.compressor_path is not None and args.method is None and "llava-mlp" in entries:
+        entries["llava-mlp"]["methods"] = [_method(args, "mlp")]
+        return entries
+    require(
+        args.compressor_path is None or "mlp" in names("--method", args.method or "snapkv"),
+        "--compressor-path is the checkpoint of the method 'mlp'; add `--method mlp`, or leave it out.",
+    )
+    return entries
+
+
+def _method(args: argparse.Namespace, name: str) -> str | dict[str, Any]:
+    """A method by its name, and 'mlp' with the checkpoint it was given."""
+    if name != "mlp" or args.compressor_path is None:
+        return name
+    return {"name": name, "params": {"checkpoint": args.compressor_path}}
 
 
 def _workload_names(args: argparse.Namespace) -> list[str]:
@@ -172,6 +192,7 @@ def _workload(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "context": args.synthetic_context,
         "output": args.synthetic_output,
         "num_batches": args.synthetic_num_batches,
+        "images": args.synthetic_images,
     }
     if name == "synthetic-long":
         flags |= {"token": args.synthetic_token or None, "dialogue": args.synthetic_dialogue}

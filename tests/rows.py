@@ -136,6 +136,8 @@ def _measured(cell: CellConfig) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "output_tokens": output,
         "total_tokens": prompt + output,
+        "images": requests * cell.workload.images,
+        "image_tokens": requests * cell.workload.images * 576,
         "elapsed_s": (prompt + output) / speed,
         "throughput_tok_s": speed,
         "prefill_tok_s": speed * 2,

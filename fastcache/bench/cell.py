@@ -73,7 +73,7 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
             cell.batch_size,
             cell.warmup + cell.repeats,
             cell.seed,
-            Vocabulary(llm.model_config.vocab_size, _encoder(llm.tokenizer)),
+            vocabulary(llm, facts),
             facts["max_model_len"],
         )
         for batches in plan.rounds[: cell.warmup]:
@@ -84,7 +84,8 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
         memory = peak_memory_bytes(facts["device"])
     finally:
         llm.close()
-    prompts = [request.prompt_token_ids for batch in plan.rounds[cell.warmup] for request in batch]
+    planned = [request for batch in plan.rounds[cell.warmup] for request in batch]
+    prompts = [request.content or request.prompt_token_ids for request in planned]
     middle = middle_round(timed)
     requests = [output.metrics for output in middle.outputs]
     row |= utilisation(llm.model_config, facts, requests, middle.stats, limits)
@@ -213,6 +214,15 @@ def classify(error: BaseException) -> str:
     if isinstance(error, UnsupportedCombination | UnsupportedArchitecture):
         return "unsupported"
     return "failed"
+
+
+def vocabulary(llm: Any, facts: dict[str, Any]) -> Vocabulary:
+    return Vocabulary(
+        llm.model_config.vocab_size,
+        _encoder(llm.tokenizer),
+        facts.get("image_token_id"),
+        facts.get("tokens_per_image"),
+    )
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:

@@ -44,6 +44,7 @@ class WorkloadConfig(StrictConfig):
     `dataset_dir` (light-dataset) holds json, jsonl or csv prompt sets; prompts of `min_prompt_tokens` to
     `context` tokens are used. `trace` (heavy-trace) is a CSV with the columns TIMESTAMP, ContextTokens,
     GeneratedTokens; rows of at least `min_prompt_tokens` and at most `output` are replayed in order.
+    `images` seeded pictures go with each request, for a model that reads pictures; their tokens count in `context`.
     """
 
     name: str
@@ -55,11 +56,16 @@ class WorkloadConfig(StrictConfig):
     dataset_dir: str | None = None
     trace: str | None = None
     min_prompt_tokens: int | None = None
+    images: int = 0
 
     def __post_init__(self) -> None:
         one_of("workload", self.name, WORKLOADS)
         for name in ("context", "output", "num_batches"):
             positive_int(f"workload {self.name}: {name}", getattr(self, name))
+        require(
+            isinstance(self.images, int) and not isinstance(self.images, bool) and self.images >= 0,
+            f"workload {self.name}: images is {self.images!r}; allowed is 0 or a positive integer.",
+        )
         if self.min_prompt_tokens is not None:
             positive_int(f"workload {self.name}: min_prompt_tokens", self.min_prompt_tokens)
         require(
@@ -203,6 +209,8 @@ class CellConfig(StrictConfig):
             f"b{self.batch_size}",
             self.variant.replace("+", "-"),
         ]
+        if self.workload.images:
+            parts.append(f"i{self.workload.images}")
         if self.method is not None:
             parts += [self.method, f"f{self.compression_factor:g}"]
         if self.kv_dtype != "auto":

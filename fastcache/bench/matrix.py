@@ -2,10 +2,10 @@
 
 The config, as `config/config.yaml` writes it; only `models` and `workloads` must be there:
 
-    models:       {ALIAS: {path, load_format, batch_sizes, and any key of `engine`}}
+    models:       {ALIAS: {path, load_format, batch_sizes, methods, and any key of `engine`}}
     workloads:    [{name, batch_sizes, and any key of `WorkloadConfig`}]
     variants:     [names; baseline is added by itself]
-    methods:      [names, or {name, params}]
+    methods:      [names, or {name, params}; a model's own list comes before it]
     batch_sizes:  [positive integers; a model's or a workload's own list comes before it]
     compression_factors: [numbers above 1]
     greenctx:     {splits: [{compress_ratio, main_ratio}], main_stream, require}
@@ -61,7 +61,7 @@ ENGINE_KEYS = (
     "enforce_eager",
 )
 MEASURE_KEYS = ("repeats", "warmup", "seed", "timeout_s")
-MODEL_KEYS = ("path", "load_format", "batch_sizes", *ENGINE_KEYS)
+MODEL_KEYS = ("path", "load_format", "batch_sizes", "methods", *ENGINE_KEYS)
 DEFAULT_METHODS = ("snapkv",)
 DEFAULT_FACTORS = (5.0,)
 DEFAULT_SPLIT = {"compress_ratio": 0.25, "main_ratio": 0.75}
@@ -121,7 +121,6 @@ def _product(config: Mapping[str, Any]) -> Iterator[CellConfig]:
     engine = _section(config, "engine", ENGINE_KEYS)
     measure = _section(config, "measure", MEASURE_KEYS)
     variants = _names("variant", _list(config, "variants", VARIANTS), VARIANTS)
-    compressions = list(_compressions(config))
     splits = list(_splits(config))
     workloads = _workloads(config)
     for name, entry in _models(config).items():
@@ -131,6 +130,7 @@ def _product(config: Mapping[str, Any]) -> Iterator[CellConfig]:
             "model_path": entry.get("path"),
             "load_format": entry.get("load_format", "auto"),
         }
+        compressions = list(_compressions(config, entry))
         for workload, own_sizes in workloads:
             for size in _batch_sizes(config, name, entry, own_sizes):
                 point = {**common, "workload": workload, "batch_size": size}
@@ -187,8 +187,8 @@ def _batch_sizes(
     raise ConfigError(f"model {name!r} has no default batch sizes; give `batch_sizes`.")
 
 
-def _compressions(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for method in _list(config, "methods", DEFAULT_METHODS):
+def _compressions(config: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for method in _list(model if model.get("methods") else config, "methods", DEFAULT_METHODS):
         entry = {"name": method} if isinstance(method, str) else method
         require(isinstance(entry, Mapping) and "name" in entry, "each method is a name or {name, params}.")
         _check_keys(f"key of method {entry['name']}", entry, ("name", "params"))

@@ -61,6 +61,8 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
         "ttft_s": percentiles([m.first_token_s - m.arrival_s for m in pooled]),
         "tpot_s": percentiles([tpot(m) for m in pooled if m.output_tokens > 1]),
         "repeats": spread(values),
+        "images": sum(output.metrics.images for output in middle.outputs),
+        "image_tokens": sum(output.metrics.image_tokens for output in middle.outputs),
         "preemptions": middle.stats.preemptions,
         "prefix_hit_tokens": middle.stats.prefix_hit_tokens,
         "peak_kv_bytes": max(r.stats.peak_kv_bytes for r in rounds),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastcache.config import require
-from fastcache.errors import UnknownName, UnsupportedArchitecture
+from fastcache.errors import UnknownName
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ModelAlias:
     name: str
     title: str
     flag: str
-    preset: str | None
+    preset: str
     batch_sizes: tuple[int, ...]
 
 
@@ -29,7 +29,7 @@ MODELS: dict[str, ModelAlias] = {
         ModelAlias("smollm2", "SmolLM2-135M-Instruct", "--smollm2", "smollm2-135m", (1, 4)),
         ModelAlias("qwen3-8b", "Qwen3-8B", "--qwen3-8b", "qwen3-8b", (16, 64)),
         ModelAlias("qwen3-32b", "Qwen3-32B", "--qwen3-32b", "qwen3-32b", (8, 16)),
-        ModelAlias("llava-mlp", "LLaVA-1.5-7B", "--llava", None, (1, 4)),
+        ModelAlias("llava-mlp", "LLaVA-1.5-7B", "--llava", "llava-1.5-7b", (1, 4)),
     )
 }
 
@@ -51,14 +51,8 @@ def check_source(name: str, path: str | None, load_format: str) -> None:
         f"model {name!r} was named without a folder. Give its path (`{known.flag} PATH`, or `path:` in the "
         "config), or ask for seeded dummy weights in its shapes (`--load-format dummy`).",
     )
-    if known.preset is None:
-        with_shapes = [entry.name for entry in MODELS.values() if entry.preset]
-        raise UnsupportedArchitecture(
-            f"model {name!r} has no built-in shapes for dummy weights; give its folder with "
-            f"`{known.flag} PATH`. Models with built-in shapes: {', '.join(with_shapes)}."
-        )
 
 
 def engine_source(name: str, path: str | None) -> str:
     """What `LLM` is given as its model: the user's folder, else the preset's name."""
-    return path if path is not None else str(alias(name).preset)
+    return path if path is not None else alias(name).preset

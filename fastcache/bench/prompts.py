@@ -11,6 +11,7 @@ import platform
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fastcache.bench.cellconfig import WorkloadConfig
 from fastcache.bench.datasets import read_prompts, read_trace
@@ -22,16 +23,34 @@ ASKS = ("What do you know about", "Tell me more about", "Why do people care for"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What prompts need of a tokenizer: the number of ids, and text to ids (None: there is no tokenizer)."""
+    """What prompts need of a tokenizer: the number of ids, and text to ids (None: there is no tokenizer).
+
+    `image_token_id`, `tokens_per_image`: the placeholder, and how many stand for a picture; None for a model
+    that reads text alone.
+    """
 
     size: int
     encode: Callable[[str], list[int]] | None
+    image_token_id: int | None = None
+    tokens_per_image: int | None = None
 
 
 @dataclass(frozen=True)
 class PlannedRequest:
+    """`images`: PIL pictures, whose placeholders are in the ids, one for each of their tokens. `content`: the ids
+    with these placeholders told apart by picture; None where there are none."""
+
     prompt_token_ids: list[int]
     max_tokens: int
+    images: tuple[Any, ...] = ()
+    content: list[int] | None = None
+
+    @property
+    def prompt(self) -> list[int] | dict[str, Any]:
+        """In the form that `LLM.generate` takes."""
+        if not self.images:
+            return self.prompt_token_ids
+        return {"prompt": self.prompt_token_ids, "images": list(self.images)}
 
 
 @dataclass(frozen=True)

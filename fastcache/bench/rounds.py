@@ -48,4 +48,4 @@ def run_batch(llm: Any, batch: Batch, at_most: int | None = None) -> list[Any]:
     """Greedy, and never stopped by an end-of-sequence token: every variant generates the same number."""
     limits = [min(request.max_tokens, at_most or request.max_tokens) for request in batch]
     params = [SamplingParams(max_tokens=limit, ignore_eos=True) for limit in limits]
-    return llm.generate([request.prompt_token_ids for request in batch], params)
+    return llm.generate([request.prompt for request in batch], params)

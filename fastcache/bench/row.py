@@ -39,6 +39,8 @@ MEASURED = (
     "prompt_tokens",
     "output_tokens",
     "total_tokens",
+    "images",
+    "image_tokens",
     "elapsed_s",
     "throughput_tok_s",
     "prefill_tok_s",

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastcache.bench.cellconfig import WorkloadConfig
+from fastcache.bench.pictures import text_tokens, with_pictures
 from fastcache.bench.prompts import Order, PlannedRequest, Vocabulary, fill
 from fastcache.errors import PromptTooLong
 
@@ -40,12 +41,14 @@ def make_plan(
     """The requests of `rounds` rounds.
 
     Errors: `PromptTooLong` if the output leaves no room for a prompt, `DatasetError` for the user's files,
-    `UnsupportedCombination` for text without a tokenizer.
+    `UnsupportedCombination` for text without a tokenizer, and those of `pictures.text_tokens`.
     """
     context = fit(workload.context, workload.output, max_model_len)
     needed = rounds * workload.num_batches * batch_size
-    requests, source, notes = fill(Order(workload, context, needed, rounds, seed, vocabulary))
+    text = text_tokens(workload, context, vocabulary)
+    requests, source, notes = fill(Order(workload, text, needed, rounds, seed, vocabulary))
     assert len(requests) == needed
+    requests = [with_pictures(made, workload, i, seed, vocabulary) for i, made in enumerate(requests)]
     batches = [requests[i : i + batch_size] for i in range(0, needed, batch_size)]
     per_round = workload.num_batches
     context_used = max(len(request.prompt_token_ids) for request in requests)

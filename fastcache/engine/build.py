@@ -73,6 +73,7 @@ class Parts:
             "max_num_batched_tokens": self.scheduler.limits.max_num_batched_tokens,
             "policy": self.config.policy,
             "prefix_caching": self.scheduler.prefix is not None,
+            "image_token_id": vision.image_token_id if vision is not None else None,
             "tokens_per_image": vision.tokens_per_image if vision is not None else None,
             "partition": self.partition.report(),
         }

@@ -106,7 +106,7 @@ def test_a_wrong_value_is_answered_with_what_is_allowed(capsys, tmp_path, monkey
     [
         ("bench", "no model to measure"),
         ("bench --models qwen3-8b", "--qwen3-8b PATH"),
-        ("bench --models llava-mlp --load-format dummy", "--llava PATH"),
+        ("bench --models llava-mlp", "--llava PATH"),
         ("bench --qwen3-8b /nonexistent/model", "does not exist"),
         ("bench --models", "expected one argument"),
         ("bench stray", "'stray'"),
@@ -115,6 +115,8 @@ def test_a_wrong_value_is_answered_with_what_is_allowed(capsys, tmp_path, monkey
         ("generate hi --model x --temperature -1", "temperature"),
         ("generate hi --model x --top-p 1.5", "top_p"),
         ("generate hi --model x --compression-factor 5", "--method"),
+        ("generate hi --model x --image a.png", "0 <image> and 1 --image"),
+        ("generate a b --model x --image a.png --chat", "one prompt"),
         ("cell nothing.json --output row.json", "nothing.json"),
     ],
 )

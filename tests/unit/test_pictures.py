@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import IMAGE_TOKEN, picture, write_tiny_llava
 
 from fastcache import LLM, SamplingParams
+from fastcache.bench.cell import measure_cell
+from fastcache.bench.matrix import CellConfig
+from fastcache.cli import main
 from fastcache.errors import (
     ConfigError,
     ImageError,
@@ -102,6 +105,50 @@ def test_paths_bytes_and_pil_are_the_same_picture(llm, tmp_path):
     turned[0x0112] = 6  # the camera was on its side
     lying = open_picture(file_bytes(image, "PNG", exif=turned))
     assert lying.size == image.size[::-1]
+
+
+def test_a_cell_with_pictures_says_how_many_and_measures_without_them_too(folder):
+    for images, tokens in ((2, 3 * 2 * 16), (0, 0)):
+        workload = {"name": "synthetic-long", "context": 60, "output": 4, "images": images}
+        cell = {"model": "llava-mlp", "model_path": str(folder), "workload": workload, "batch_size": 3}
+        cell |= {
+            "variant": "compression-only",
+            "method": "knorm",
+            "compression_factor": 1.5,
+            "device": "cpu",
+        }
+        row = measure_cell(CellConfig.from_dict({**cell, "repeats": 1, "warmup": 0}))
+        assert row["status"] == "ok", row["error"]
+        assert (row["images"], row["image_tokens"], row["prompt_tokens"]) == (3 * images, tokens, 180)
+        assert row["kv_len_before"] == 60 and row["shareable_prefix_tokens"] == 0
+
+
+@pytest.mark.slow
+def test_generate_takes_pictures_for_its_placeholders(folder, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    picture(1).save(path)
+    arguments = [
+        "generate",
+        "--model",
+        str(folder),
+        "--max-tokens",
+        "3",
+        "--device",
+        "cpu",
+        "--image",
+        str(path),
+    ]
+    assert main([*arguments, "a<image>b"]) == 0
+    assert main([*arguments, "--image", str(path), "a<image>b", "c<image>"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "no place"]) == 2
+    assert "0 <image> and 1 --image" in capsys.readouterr().err
+    chat = shutil.copytree(folder, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(
+        "{% for part in messages[0]['content'] %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+    )
+    arguments[2] = str(chat)
+    assert main([*arguments, "--chat", "what?"]) == 0
 
 
 @pytest.mark.parametrize("spelling", ["nested modules", "without vision_model"])

@@ -10,7 +10,7 @@ from fastcache.bench.datasets import read_prompts, read_trace
 from fastcache.bench.matrix import WorkloadConfig
 from fastcache.bench.prompts import Vocabulary, prose
 from fastcache.bench.workload import fit, make_plan, shareable_tokens
-from fastcache.errors import DatasetError, PromptTooLong, UnsupportedCombination
+from fastcache.errors import ConfigError, DatasetError, PromptTooLong, UnsupportedCombination
 
 WORDS = Vocabulary(50_000, lambda text: [sum(map(ord, word)) % 50_000 for word in text.split()])
 BARE = Vocabulary(1000, None)
@@ -218,3 +218,35 @@ def test_a_trace_that_cannot_be_used_says_where(tmp_path, content, words):
 def test_a_missing_trace_is_named(tmp_path):
     with pytest.raises(DatasetError, match="nope"):
         read_trace(str(tmp_path / "nope.csv"))
+
+
+SEEING = Vocabulary(1000, None, image_token_id=400, tokens_per_image=16)
+
+
+def test_pictures_count_in_the_context_and_no_text_token_stands_for_one():
+    made = plan({**SYNTHETIC, "context": 200, "images": 2}, vocabulary=SEEING)
+    requests = [r for batches in made.rounds for batch in batches for r in batch]
+    for request in requests:
+        ids = request.prompt_token_ids
+        assert len(ids) == 200 and ids.count(400) == 32 and ids[:16] == ids[100:116] == [400] * 16
+        assert len(request.images) == 2 and request.prompt == {"prompt": ids, "images": [*request.images]}
+    assert len({image.tobytes() for request in requests for image in request.images}) == 2 * len(requests)
+    assert shareable_tokens([r.prompt_token_ids for r in requests], 16) == 16 * (len(requests) - 1)
+    assert shareable_tokens([r.content for r in requests], 16) == 0
+    again = plan({**SYNTHETIC, "context": 200, "images": 2}, vocabulary=SEEING)
+    assert prompts(again) == prompts(made)
+    assert again.rounds[0][0][0].images[0].tobytes() == requests[0].images[0].tobytes()
+
+
+def test_text_alone_for_a_model_that_sees_leaves_out_the_placeholder():
+    made = plan({**SYNTHETIC, "context": 3000}, vocabulary=SEEING)
+    assert not any(400 in p for p in prompts(made)) and any(399 in p for p in prompts(made))
+
+
+def test_pictures_that_cannot_be_had_are_refused():
+    with pytest.raises(UnsupportedCombination, match="reads text alone"):
+        plan({**SYNTHETIC, "images": 1}, vocabulary=BARE)
+    with pytest.raises(ConfigError, match="more than 48"):
+        plan({**SYNTHETIC, "context": 48, "images": 3}, vocabulary=SEEING)
+    with pytest.raises(ConfigError, match="images"):
+        plan({**SYNTHETIC, "images": -1})

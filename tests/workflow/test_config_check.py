@@ -28,7 +28,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("name", ["config", "smoke"])
+@pytest.mark.parametrize("name", ["config", "llava", "smoke"])
 def test_a_shipped_config_is_valid(name):
     assert check_config(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()), SCHEMA).cells
 

@@ -111,14 +111,20 @@ class CompressionConfig(StrictConfig):
 
     `compression_ratio` is the fraction of KV entries REMOVED, as in kvpress: 0.8 keeps a fifth.
     `params` are the method's own hyper-parameters; names are checked against the method when it is built.
+    `head_budgets` is a file of `fastcache calibrate`: each (layer, KV head) gets its own share of the same total.
     """
 
     method: str
     compression_ratio: float = 0.8
     params: Mapping[str, Any] = field(default_factory=dict)
+    head_budgets: str | None = None
 
     def __post_init__(self) -> None:
         open_interval("compression_ratio", self.compression_ratio)
+        require(
+            self.head_budgets is None or isinstance(self.head_budgets, str),
+            f"head_budgets is {self.head_budgets!r}; allowed is the path of a file that `fastcache calibrate` wrote.",
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

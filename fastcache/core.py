@@ -192,7 +192,8 @@ class HostBatch:
     decode step; the others are on the device. seats: (B,) int64.
     positions, slots: (T,) int64. cu_seqlens_q: (B + 1,) int64. kv_lens: (B,) int64, new tokens included.
     page_table: (B, max_pages) int32. sample_rows: (S,) int64, rows whose next token is drawn;
-    sample_seats: (S,) int64, the seats they belong to.
+    sample_seats: (S,) int64, the seats they belong to. layouts: with head budgets, where each sequence's heads
+    have their entries (`kvcache.head_layout`), None for one that is not compressed; else empty.
     """
 
     decode: bool
@@ -206,6 +207,7 @@ class HostBatch:
     sample_rows: np.ndarray
     sample_seats: np.ndarray
     decode_rows: int = 0
+    layouts: tuple[object, ...] = ()
 
     @property
     def num_seqs(self) -> int:

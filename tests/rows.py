@@ -69,6 +69,7 @@ def _identity(cell: CellConfig) -> dict[str, Any]:
         "num_batches": cell.workload.num_batches,
         "variant": cell.variant,
         "method": cell.method,
+        "head_budgets": cell.head_budgets,
         "backend": "evict" if cell.compressed else None,
         "attention_backend": "torch_sdpa",
         "compression_factor": cell.compression_factor,

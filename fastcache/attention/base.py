@@ -49,6 +49,10 @@ class AttentionBackend(ABC):
         """Prepare for a decode step that is captured or replayed as a graph. Only if `supports_graphs`."""
         raise NotImplementedError(f"{self.name} does not support CUDA graphs")
 
+    def store(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        """Put the step's new entries where `run` will find them. k, v: (T, Hk, d); slot_mapping: (T,) int64."""
+        self.pool.write(layer, k, v, slot_mapping)
+
     @abstractmethod
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: (T, H, d); k, v: (T, Hk, d), the step's new entries, already stored. Returns (T, H, d)."""

@@ -107,7 +107,7 @@ def engine_options(cell: CellConfig) -> dict[str, Any]:
     compression = partition = None
     if cell.compressed:
         ratio = ratio_of_factor(cell.compression_factor)
-        compression = CompressionConfig(str(cell.method), ratio, cell.method_params)
+        compression = CompressionConfig(str(cell.method), ratio, cell.method_params, cell.head_budgets)
     if cell.greenctx:
         partition = PartitionConfig(
             enabled=True,

@@ -107,6 +107,7 @@ class CellConfig(StrictConfig):
     method: str | None = None
     compression_factor: float | None = None
     method_params: Mapping[str, Any] = field(default_factory=dict)
+    head_budgets: str | None = None
     greenctx_compress_ratio: float | None = None
     greenctx_main_ratio: float | None = None
     greenctx_main_stream: bool = False
@@ -162,8 +163,11 @@ class CellConfig(StrictConfig):
     def _check_compression(self) -> None:
         if self.variant == "baseline":
             require(
-                self.method is None and self.compression_factor is None and not self.method_params,
-                "variant 'baseline' takes no method, compression_factor or method_params.",
+                self.method is None
+                and self.compression_factor is None
+                and not self.method_params
+                and self.head_budgets is None,
+                "variant 'baseline' takes no method, compression_factor, method_params or head_budgets.",
             )
             return
         require(self.method is not None, f"variant {self.variant!r} needs a `method`.")
@@ -213,6 +217,8 @@ class CellConfig(StrictConfig):
             parts.append(f"i{self.workload.images}")
         if self.method is not None:
             parts += [self.method, f"f{self.compression_factor:g}"]
+        if self.head_budgets is not None:
+            parts.append("heads")
         if self.kv_dtype != "auto":
             parts.append(self.kv_dtype)
         safe = "-".join(parts).replace("_", "-")
@@ -241,6 +247,7 @@ class CellConfig(StrictConfig):
             method=None,
             compression_factor=None,
             method_params={},
+            head_budgets=None,
             greenctx_compress_ratio=None,
             greenctx_main_ratio=None,
             greenctx_main_stream=False,

@@ -5,7 +5,7 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
     models:       {ALIAS: {path, load_format, batch_sizes, methods, and any key of `engine`}}
     workloads:    [{name, batch_sizes, and any key of `WorkloadConfig`}]
     variants:     [names; baseline is added by itself]
-    methods:      [names, or {name, params}; a model's own list comes before it]
+    methods:      [names, or {name, params, head_budgets}; a model's own list comes before it]
     batch_sizes:  [positive integers; a model's or a workload's own list comes before it]
     compression_factors: [numbers above 1]
     greenctx:     {splits: [{compress_ratio, main_ratio}], main_stream, require}
@@ -190,13 +190,17 @@ def _batch_sizes(
 def _compressions(config: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for method in _list(model if model.get("methods") else config, "methods", DEFAULT_METHODS):
         entry = {"name": method} if isinstance(method, str) else method
-        require(isinstance(entry, Mapping) and "name" in entry, "each method is a name or {name, params}.")
-        _check_keys(f"key of method {entry['name']}", entry, ("name", "params"))
+        require(
+            isinstance(entry, Mapping) and "name" in entry,
+            "each method is a name or {name, params, head_budgets}.",
+        )
+        _check_keys(f"key of method {entry['name']}", entry, ("name", "params", "head_budgets"))
         for factor in _list(config, "compression_factors", DEFAULT_FACTORS):
             yield {
                 "method": entry["name"],
                 "compression_factor": factor,
                 "method_params": dict(entry.get("params") or {}),
+                "head_budgets": entry.get("head_budgets"),
             }
 
 

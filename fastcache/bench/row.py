@@ -94,6 +94,7 @@ def blank_row(cell: CellConfig) -> dict[str, Any]:
         "num_batches": workload.num_batches,
         "variant": cell.variant,
         "method": cell.method,
+        "head_budgets": cell.head_budgets,
         "backend": "evict" if cell.compressed else None,
         "compression_factor": cell.compression_factor,
         "policy": "fixed" if cell.compressed else None,

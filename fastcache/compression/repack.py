@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcache.kvcache.head_layout import HeadRows, entry_rows
+from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.pool import KVPool
 
 
@@ -21,3 +23,16 @@ def repack_layer(
     index = F.pad(kept.clamp(min=0), (0, room - kept.shape[2]))
     index = index.unsqueeze(3).expand(-1, -1, -1, keys.shape[3])
     pool.write_kept(layer, torch.gather(keys, 2, index), torch.gather(values, 2, index), fresh_table)
+
+
+def repack_heads(
+    pool: KVPool, heads: HeadRows, keys: Tensor, values: Tensor, kept: Tensor, fresh_table: Tensor
+) -> None:
+    """As `repack_layer`, for KV heads that keep different numbers of entries: each goes to units of its own.
+
+    heads: this layer's part of the n layouts. kept: (n, Hk, K), -1 behind a head's budget. fresh_table: (n, pages).
+    """
+    entries = torch.arange(kept.shape[2], device=kept.device)[None, None]
+    rows = entry_rows(pool, heads, fresh_table, entries).where(kept >= 0, SCRATCH_PAGE)
+    index = kept.clamp(min=0).unsqueeze(3).expand(-1, -1, -1, keys.shape[3])
+    pool.write_rows(rows, torch.gather(keys, 2, index), torch.gather(values, 2, index))

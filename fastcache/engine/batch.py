@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.core import Chunk, ForwardBatch, HostBatch, Step
+from fastcache.core import Chunk, ForwardBatch, HostBatch, Sequence, Step
+from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.slots import slots_of
 
 
 class BatchBuilder:
     """Keeps one row of page numbers per seat, so that a step copies only what changed since the last one."""
 
-    def __init__(self, max_num_seqs: int, max_pages: int, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_pages: int,
+        page_size: int,
+        layout_of: Callable[[Sequence], HeadLayout | None] | None = None,
+    ) -> None:
+        self.page_size, self._layout_of = page_size, layout_of
         self._tables = np.zeros((max_num_seqs, max_pages), np.int32)
         self._synced: list[tuple[object, int, int]] = [(None, 0, 0)] * max_num_seqs
 
@@ -52,6 +61,7 @@ class BatchBuilder:
             sample_rows=cu_seqlens[1:][sampling] - 1,
             sample_seats=seats[sampling],
             decode_rows=step.decode_rows,
+            layouts=tuple(self._layout_of(c.seq) for c in chunks) if self._layout_of is not None else (),
         )
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from fastcache.attention.base import HeadShape
+from fastcache.attention.ragged import RaggedAttention
 from fastcache.attention.select import select_backend
+from fastcache.compression.base import EvictionMethod
+from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.registry import create
 from fastcache.config import EngineConfig
 from fastcache.device.green_context import partition
@@ -25,6 +28,7 @@ from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
 from fastcache.errors import ConfigError, UnsupportedCombination
+from fastcache.kvcache.head_layout import LayoutTable
 from fastcache.kvcache.pages import PageAllocator
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.kvcache.prefix import PrefixCache
@@ -107,12 +111,17 @@ def build(config: EngineConfig) -> Parts:
     pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device)
     pool = KVPool(shape, pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
+    plan = method_plan(config, method, shape) if method is not None else None
+    backend = select_backend(config.attention_backend, pool, heads, device)
+    ragged = config.compression is not None and config.compression.head_budgets is not None
+    if ragged:
+        backend = RaggedAttention(backend, LayoutTable(pool, config.max_num_seqs + 1))
     scheduler = Scheduler(
         Limits(tokens_per_step, config.max_num_seqs, config.page_size),
         allocator,
         EngineStats(),
         PrefixCache(allocator, config.page_size) if config.enable_prefix_caching else None,
-        MethodPlan(method, config.compression.compression_ratio) if method is not None else None,
+        plan,
         policy,
         config.immediate_release,
     )
@@ -120,15 +129,20 @@ def build(config: EngineConfig) -> Parts:
     runner = Runner(
         model,
         pool,
-        select_backend(config.attention_backend, pool, heads, device),
-        BatchBuilder(config.max_num_seqs, pages_for(max_model_len, config.page_size), config.page_size),
+        backend,
+        BatchBuilder(
+            config.max_num_seqs,
+            pages_for(max_model_len, config.page_size),
+            config.page_size,
+            scheduler.demand.layout if ragged else None,
+        ),
         config.max_num_seqs,
-        InlineCompressor(method, pool, model_config.num_layers, compress) if method is not None else None,
+        InlineCompressor(method, pool, model_config.num_layers, compress, plan.layout) if plan else None,
         use_graphs=not config.enforce_eager,
         stream=split.main if config.partition.enabled else None,
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
-        deferred=DeferredCompressor(method, pool, model_config.num_layers, compress)
-        if method is not None
+        deferred=DeferredCompressor(method, pool, model_config.num_layers, compress, plan.layout)
+        if plan
         else None,
     )
     if device.type == "cuda":
@@ -150,6 +164,19 @@ def build(config: EngineConfig) -> Parts:
         dtype,
         processor,
     )
+
+
+def method_plan(config: EngineConfig, method: EvictionMethod, shape: KVShape) -> MethodPlan:
+    """Errors: `ConfigError` for head budgets that cannot be read or were calibrated on another model's shape."""
+    path, budgets = config.compression.head_budgets, None
+    if path is not None:
+        budgets = HeadBudgets.load(path)
+        if budgets.shape != (shape.num_layers, shape.kv_heads):
+            raise ConfigError(
+                f"head_budgets {path!r} is for (layers, kv_heads) {budgets.shape}, this model has "
+                f"{(shape.num_layers, shape.kv_heads)}. Run `fastcache calibrate` on this model."
+            )
+    return MethodPlan(method, config.compression.compression_ratio, config.page_size, budgets)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fastcache.core import Chunk, Sequence
 from fastcache.engine.demand import PageDemand
 from fastcache.kvcache.pages import PageAllocator
-from fastcache.kvcache.slots import pages_for
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Chunks:
         defer = kept > 0 and length == left and (defer or seq.defer)
         if length < left or defer:
             kept = 0
-        fresh = pages_for(kept, self.limits.page_size)
+        fresh = self.demand.fresh_pages(seq, kept)
         if length <= 0 or self.missing(seq, length) + fresh > self.allocator.available:
             return None
         self._extend(seq, length)
@@ -67,7 +66,7 @@ class Chunks:
 
     def missing(self, seq: Sequence, more: int) -> int:
         """Pages that `more` stored entries take beyond those that `seq` has."""
-        return pages_for(seq.kv_len + more, self.limits.page_size) - len(seq.pages)
+        return self.demand.pages(seq, seq.kv_len + more) - len(seq.pages)
 
     def _extend(self, seq: Sequence, more: int) -> None:
         missing = self.missing(seq, more)

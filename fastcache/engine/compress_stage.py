@@ -11,8 +11,8 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from fastcache.core import Sequence
+from fastcache.engine.demand import PageDemand
 from fastcache.kvcache.pages import PageAllocator
-from fastcache.kvcache.slots import pages_for
 from fastcache.stats import EngineStats
 
 
@@ -33,8 +33,8 @@ class CompressStage:
     """Plans jobs and keeps the books of those under way. With `immediate_release` off, a sequence holds its old
     pages until its request ends."""
 
-    def __init__(self, allocator: PageAllocator, page_size: int, immediate_release: bool) -> None:
-        self.allocator, self.page_size = allocator, page_size
+    def __init__(self, allocator: PageAllocator, demand: PageDemand, immediate_release: bool) -> None:
+        self.allocator, self.demand = allocator, demand
         self.immediate_release = immediate_release
         self.jobs: list[CompressionJob] = []
         self._left_behind: dict[Sequence, list[int]] = {}  # pages of sequences that ended while under way
@@ -45,14 +45,15 @@ class CompressStage:
         for seq in running:
             if not seq.to_compress or seq.under_way:
                 continue
-            free -= pages_for(seq.to_compress, self.page_size)
+            free -= self.demand.fresh_pages(seq, seq.to_compress)
             if free < 0 or len(chosen) == max_seqs:
                 break
             chosen.append(seq)
         if not chosen:
             return None
         kept = tuple(seq.to_compress for seq in chosen)
-        fresh = tuple(tuple(self.allocator.allocate(pages_for(n, self.page_size))) for n in kept)
+        needed = [self.demand.fresh_pages(seq, seq.to_compress) for seq in chosen]
+        fresh = tuple(tuple(self.allocator.allocate(count)) for count in needed)
         return CompressionJob(tuple(chosen), kept, fresh)
 
     def launched(self, job: CompressionJob, stats: EngineStats) -> None:
@@ -77,8 +78,8 @@ class CompressStage:
         """From here on the sequence lives on its fresh pages. Later steps are ordered behind the copies."""
         old, seq.kv_len_before = seq.pages, seq.kv_len
         seq.replace_pages(list(fresh))
-        seq.kv_len = seq.kv_len_after = kept
-        seq.compressed, seq.to_compress = True, 0
+        seq.kv_len, seq.compressed, seq.to_compress = kept, True, 0
+        seq.kv_len_after = self.demand.mean_kept(seq)
         stats.compressed_sequences += 1
         if not self.immediate_release:
             seq.held = old

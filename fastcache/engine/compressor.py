@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod, LayerKV, budget, select
-from fastcache.compression.repack import repack_layer
+from fastcache.compression.head_budgets import HeadBudgets
+from fastcache.compression.repack import repack_heads, repack_layer
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
+from fastcache.kvcache.head_layout import HeadLayout, HeadRows, upload_layouts
 from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.pool import KVPool
 
@@ -22,13 +25,32 @@ SUPPORTED_NEEDS = frozenset({"keys", "values", "window_queries"})
 class MethodPlan:
     """The numbers of a method that the scheduler plans with (see `demand.CompressionPlan`)."""
 
-    def __init__(self, method: EvictionMethod, compression_ratio: float) -> None:
+    def __init__(
+        self,
+        method: EvictionMethod,
+        compression_ratio: float,
+        page_size: int,
+        head_budgets: HeadBudgets | None = None,
+    ) -> None:
         self.method, self.ratio = method, compression_ratio
         self.tail = max(method.window, 1)
+        self._page_size, self._budgets = page_size, head_budgets
+        self._layouts: dict[int, HeadLayout] = {}  # by length: sequences of one length share theirs
 
     def kept(self, num_tokens: int) -> int:
         keep = budget(num_tokens, self.ratio)
-        return keep if self.method.applies_to(num_tokens, keep) else 0
+        if not self.method.applies_to(num_tokens, keep):
+            return 0
+        layout = self.layout(num_tokens)
+        return keep if layout is None else layout.longest
+
+    def layout(self, num_tokens: int) -> HeadLayout | None:
+        if self._budgets is None:
+            return None
+        if num_tokens not in self._layouts:
+            kept = self._budgets.kept(num_tokens, self.ratio)
+            self._layouts[num_tokens] = HeadLayout(kept, self._page_size)
+        return self._layouts[num_tokens]
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,7 @@ class Work:
     window_rows: Tensor | None  # (n, w) int64: rows of q that hold the last w queries, inside a prefill
     max_length: int
     max_budget: int
+    layouts: Tensor | None = None  # (n, 3 x heads + 1) with head budgets, which come before `budgets`
 
     @classmethod
     def of(
@@ -52,11 +75,13 @@ class Work:
         budgets: Many[int],
         window: np.ndarray | None,
         device: torch.device,
+        layouts: Many[HeadLayout | None],
     ) -> Work:
         numbers = [np.asarray(each, np.int64) for each in (lengths, budgets)]
         tensors = [to_device(each, device) for each in (table, fresh, *numbers)]
         rows = None if window is None else to_device(window, device)
-        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)))
+        packed = None if layouts[0] is None else upload_layouts(layouts, device)
+        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -81,9 +106,14 @@ def compress_layer(
 ) -> None:
     """Score, select and repack one layer. queries: (n, H, w, d) for a method that needs them."""
     keys, values = pool.gather(layer, work.table, work.max_length)
-    view = LayerKV(layer, num_layers, keys, values, work.lengths, work.budgets, window_queries=queries)
-    kept = select(method.score(view), work.lengths, work.budgets, work.max_budget)
-    repack_layer(pool, layer, keys, values, kept, work.fresh)
+    heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
+    budgets = work.budgets if heads is None else heads.kept
+    view = LayerKV(layer, num_layers, keys, values, work.lengths, budgets, window_queries=queries)
+    kept = select(method.score(view), work.lengths, budgets, work.max_budget)
+    if heads is None:
+        repack_layer(pool, layer, keys, values, kept, work.fresh)
+    else:
+        repack_heads(pool, heads, keys, values, kept, work.fresh)
 
 
 class InlineCompressor:
@@ -99,8 +129,9 @@ class InlineCompressor:
         pool: KVPool,
         num_layers: int,
         stream: torch.cuda.Stream | None = None,
+        layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
     ) -> None:
-        self.method, self.pool, self.num_layers = method, pool, num_layers
+        self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
         self.stream = stream
         self._work: Work | None = None
 
@@ -118,6 +149,7 @@ class InlineCompressor:
             [chunk.kept for chunk in chunks],
             window_rows(host, rows, self.method.window),
             self.pool.device,
+            [self.layout(chunk.seq.request.compress_at) for chunk in chunks],
         )
         return True
 

@@ -48,6 +48,7 @@ def pad(host: HostBatch, size: int, spare_seat: int) -> HostBatch:
         page_table=fill(host.page_table, SCRATCH_PAGE),
         sample_rows=np.arange(size),
         sample_seats=fill(host.sample_seats, spare_seat),
+        layouts=host.layouts,
     )
 
 

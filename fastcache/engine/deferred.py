@@ -6,6 +6,7 @@ reads; the scheduler swaps page tables once its event has passed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.compressor import Work, compress_layer, page_tables, to_device, window_rows
+from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.pool import KVPool
 
 # What can be kept of a prefill at a price that is worth it: pages stay anyway, and a window of queries is small.
@@ -52,9 +54,14 @@ class DeferredCompressor:
     """`layer` is called inside a prefill that defers, `launch` for each job."""
 
     def __init__(
-        self, method: EvictionMethod, pool: KVPool, num_layers: int, stream: torch.cuda.Stream | None = None
+        self,
+        method: EvictionMethod,
+        pool: KVPool,
+        num_layers: int,
+        stream: torch.cuda.Stream | None = None,
+        layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
     ) -> None:
-        self.method, self.pool, self.num_layers = method, pool, num_layers
+        self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
         self.stream = stream
         self._rows: Tensor | None = None
         self._layers: list[Tensor] = []
@@ -88,7 +95,8 @@ class DeferredCompressor:
         main = torch.cuda.current_stream() if self.stream is not None else None
         work = self._work(job)
         seen = [self._seen.pop(seq) for seq in job.seqs] if "window_queries" in self.method.needs else []
-        crossing = [layer for each in seen for layer in each.layers]
+        crossing = [work.layouts] if work.layouts is not None else []
+        crossing += [layer for each in seen for layer in each.layers]
         hand_over(main, self.stream, work.table, work.fresh, work.lengths, work.budgets, *crossing)
         span = Span(device)
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
@@ -117,4 +125,5 @@ class DeferredCompressor:
             list(job.kept),
             None,
             self.pool.device,
+            [self.layout(seq.request.compress_at) for seq in job.seqs],
         )

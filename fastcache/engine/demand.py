@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fastcache.core import Sequence
+from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.slots import pages_for
 
 
@@ -15,7 +16,11 @@ class CompressionPlan(Protocol):
     """How many of the context's last tokens must be computed in one chunk, for the method to see them."""
 
     def kept(self, num_tokens: int) -> int:
-        """Entries each KV head keeps of `num_tokens`; 0 if the method does not apply to that length."""
+        """Entries the longest KV head keeps of `num_tokens`; 0 if the method does not apply to that length."""
+        ...
+
+    def layout(self, num_tokens: int) -> HeadLayout | None:
+        """Where the kept entries go if KV heads keep different numbers of them; None if all keep the same."""
         ...
 
 
@@ -37,6 +42,26 @@ class PageDemand:
             return 0
         return self.compression.kept(seq.request.compress_at)
 
+    def layout(self, seq: Sequence) -> HeadLayout | None:
+        """The layout of a compressed cache with head budgets; None for any other."""
+        return self.compression.layout(seq.request.compress_at) if seq.compressed else None
+
+    def pages(self, seq: Sequence, kv_len: int) -> int:
+        """Pages that `seq` occupies once its longest head holds `kv_len` entries."""
+        return self._pages(self.layout(seq), kv_len)
+
+    def fresh_pages(self, seq: Sequence, kept: int) -> int:
+        """Pages for the entries kept of a context that is about to be compressed; none if `kept` is 0."""
+        return self._pages(self.compression.layout(seq.request.compress_at), kept) if kept else 0
+
+    def mean_kept(self, seq: Sequence) -> int:
+        """Entries that a KV head of the compressed `seq` kept, on average."""
+        layout = self.layout(seq)
+        return self.compression.kept(seq.request.compress_at) if layout is None else layout.mean
+
+    def _pages(self, layout: HeadLayout | None, kv_len: int) -> int:
+        return pages_for(kv_len, self.page_size) if layout is None else layout.pages(kv_len - layout.longest)
+
     def peak(self, seq: Sequence, new_tokens: int) -> int:
         """Most pages `seq` holds at once until it has sampled `new_tokens` more tokens.
 
@@ -46,11 +71,12 @@ class PageDemand:
         # The newest sampled token is only stored when it is fed back, and the very last one never is.
         stored = seq.kv_len + seq.num_tokens - seq.num_computed + max(new_tokens - 1, 0)
         if not kept:
-            return pages_for(stored, self.page_size)
-        old, later = pages_for(context, self.page_size), pages_for(stored - context + kept, self.page_size)
+            return self.pages(seq, stored)
+        layout = self.compression.layout(context)
+        old, later = pages_for(context, self.page_size), self._pages(layout, stored - context + kept)
         if not self.immediate_release:
             return old + later
-        return max(old + pages_for(kept, self.page_size), later)
+        return max(old + self._pages(layout, kept), later)
 
     def expected(self, seq: Sequence) -> int:
         """Known with `ignore_eos`; else a page ahead, and preemption settles what was guessed too low."""

@@ -127,7 +127,7 @@ class Runner:
         self.backend.plan(batch)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.pool.write(layer, k, v, batch.slot_mapping)
+            self.backend.store(layer, k, v, batch.slot_mapping)
             out = self.backend.run(layer, q, k, v)
             for each in watching:
                 each.layer(layer, q)
@@ -143,7 +143,7 @@ class Runner:
         """The part of a decode step that a graph captures; `plan` has been called. Returns (B, vocab)."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.pool.write(layer, k, v, slots)
+            self.backend.store(layer, k, v, slots)
             return self.backend.run(layer, q, k, v)
 
         return self.model.logits(self.model(self.last_tokens[seats], positions, attend))

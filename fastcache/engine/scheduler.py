@@ -52,7 +52,7 @@ class Scheduler:
         self.demand = PageDemand(limits.page_size, compression, immediate_release)
         self.admission = Admission(allocator, self.demand, prefix)
         self.chunks = Chunks(limits, allocator, self.demand)
-        self.stage = CompressStage(allocator, limits.page_size, immediate_release)
+        self.stage = CompressStage(allocator, self.demand, immediate_release)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; prefilling ones included
         self.deadlines = Deadlines()

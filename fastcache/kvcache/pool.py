@@ -108,6 +108,19 @@ class KVPool:
             out.append(pages.to(self.shape.dtype).transpose(1, 2).flatten(2, 3)[:, :, :length])
         return out[0], out[1]
 
+    def read_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries by their row, the pool read as (-1, head_dim). Returns two (*rows.shape, head_dim), model dtype."""
+        return tuple(
+            _indexable(pool.view(-1, self.shape.head_dim))[rows].view(pool.dtype).to(self.shape.dtype)
+            for pool in (self.keys, self.values)
+        )
+
+    def write_rows(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store entries by their row. keys, values: (*rows.shape, head_dim), model dtype."""
+        for pool, new in ((self.keys, keys), (self.values, values)):
+            flat = _indexable(pool.view(-1, self.shape.head_dim))
+            flat[rows] = _indexable(to_stored(new, pool.dtype))
+
     def write_kept(self, layer: int, keys: Tensor, values: Tensor, page_table: Tensor) -> None:
         """Store whole caches of B sequences from slot 0 of their pages on.
 

@@ -1,0 +1,131 @@
+"""Attention over caches whose KV heads hold different numbers of entries (`kvcache.head_layout`).
+
+Prompts that are not compressed yet are left to the plain backend. Every other query token is a row of its own with
+one length per KV head: a decoded token, or each token of a question behind a compressed context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcache.attention.base import AttentionBackend
+from fastcache.core import ForwardBatch, HostBatch
+from fastcache.kvcache.head_layout import HeadRows, LayoutTable, entry_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n query tokens on the device. seats, appended: (n,) int64; appended counts the entries stored since
+    compression before this token's own. page_tables: (n, max_pages) int32. max_len: no head holds more."""
+
+    seats: Tensor
+    appended: Tensor
+    page_tables: Tensor
+    max_len: int
+
+    def pick(self, which: Tensor) -> Rows:
+        return Rows(self.seats[which], self.appended[which], self.page_tables[which], self.max_len)
+
+
+class RaggedAttention(AttentionBackend):
+    """A plain backend for what is not compressed, and rows of single heads for the rest; the reference of the
+    kernels in `ragged_triton`."""
+
+    def __init__(self, dense: AttentionBackend, layouts: LayoutTable) -> None:
+        super().__init__(dense.pool, dense.heads)
+        self.dense, self.layouts = dense, layouts
+        self.name = f"{dense.name}+ragged"
+        self._rows: Rows | None = None  # all tokens of the step, if any of them needs its head's layout
+        self._apart: tuple[Tensor, Tensor] | None = None  # tokens for the plain backend, and the others
+
+    def plan(self, batch: ForwardBatch) -> None:
+        host = batch.host
+        self.layouts.sync(host.seats, host.layouts)
+        ragged = self.layouts.ragged[host.seats]
+        self._rows = self._apart = None
+        if not ragged.any():
+            self.dense.plan(batch)
+            return
+        self._rows = self._rows_of(host, batch)
+        lengths = np.diff(host.cu_seqlens_q)
+        plain = ~ragged & (lengths > 1)
+        if plain.any():
+            tokens = np.repeat(plain, lengths)
+            self.dense.plan(_part(batch, plain, tokens))
+            self._apart = tuple(
+                torch.from_numpy(np.flatnonzero(mask)).to(self.pool.device) for mask in (tokens, ~tokens)
+            )
+
+    def _rows_of(self, host: HostBatch, batch: ForwardBatch) -> Rows:
+        lengths = np.diff(host.cu_seqlens_q)
+        row = np.repeat(np.arange(host.num_seqs), lengths)
+        within = np.arange(len(row)) - host.cu_seqlens_q[:-1][row]
+        stored = (host.kv_lens - lengths)[row] + within - self.layouts.longest[host.seats[row]]
+        numbers = torch.from_numpy(np.stack((host.seats[row], stored, row))).to(self.pool.device)
+        return Rows(numbers[0], numbers[1], batch.page_table[numbers[2]], int(host.kv_lens.max()))
+
+    def store(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        if self._rows is None:
+            self.dense.store(layer, k, v, slot_mapping)
+        else:
+            self._store(layer, k, v, self._rows)
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._rows is None:
+            return self.dense.run(layer, q, k, v)
+        if self._apart is None:
+            return self._attend(layer, q, self._rows)
+        plain, others = self._apart
+        out = torch.empty_like(q)
+        out[plain] = self.dense.run(layer, q[plain], k[plain], v[plain])
+        out[others] = self._attend(layer, q[others], self._rows.pick(others))
+        return out
+
+    def _head_rows(self, layer: int, rows: Rows) -> HeadRows:
+        return HeadRows(self.layouts.packed[rows.seats], layer, self.heads.kv_heads)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor, rows: Rows) -> None:
+        heads = self._head_rows(layer, rows)
+        entries = (heads.kept + rows.appended[:, None])[:, :, None]
+        where = entry_rows(self.pool, heads, rows.page_tables, entries).squeeze(2)
+        self.pool.write_rows(where, k, v)
+
+    def _attend(self, layer: int, q: Tensor, rows: Rows) -> Tensor:
+        """q: (n, H, d), each with its own lengths. Returns (n, H, d)."""
+        h, heads = self.heads, self._head_rows(layer, rows)
+        entries = torch.arange(rows.max_len, device=q.device)[None, None]
+        keys, values = self.pool.read_rows(entry_rows(self.pool, heads, rows.page_tables, entries))
+        mask = (entries <= (heads.kept + rows.appended[:, None])[:, :, None])[:, :, None]
+        grouped = q.view(len(q), h.kv_heads, h.group, h.head_dim)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.scale)
+        return out.reshape(q.shape)
+
+
+def _part(batch: ForwardBatch, seqs: np.ndarray, tokens: np.ndarray) -> ForwardBatch:
+    """The sequences and tokens of `batch` that two masks name: what a backend plans with, nothing to sample."""
+    host, device = batch.host, batch.page_table.device
+    cu_seqlens = np.concatenate(([0], np.cumsum(np.diff(host.cu_seqlens_q)[seqs])))
+    part = dataclasses.replace(
+        host,
+        seats=host.seats[seqs],
+        positions=host.positions[tokens],
+        slots=host.slots[tokens],
+        cu_seqlens_q=cu_seqlens,
+        kv_lens=host.kv_lens[seqs],
+        page_table=host.page_table[seqs],
+        decode_rows=0,
+    )
+    chosen = torch.from_numpy(np.flatnonzero(seqs)).to(device)
+    return dataclasses.replace(
+        batch,
+        host=part,
+        cu_seqlens_q=torch.from_numpy(cu_seqlens).to(device),
+        kv_lens=batch.kv_lens[chosen],
+        page_table=batch.page_table[chosen],
+    )

@@ -22,6 +22,16 @@ class KVSample:
     waiting: int
 
 
+@dataclass(frozen=True)
+class EngineLoad:
+    """Requests running and waiting, and pages owned by them, of `num_pages` that can be owned."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    num_pages: int
+
+
 @dataclass
 class EngineStats:
     """Counters since the last `reset_stats`. Tokens are counted where they are scheduled.

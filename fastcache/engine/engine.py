@@ -14,16 +14,17 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 from fastcache.config import EngineConfig, SamplingParams, require
-from fastcache.core import Request, RequestMetrics, RequestOutput, Sequence, Step
+from fastcache.core import Request, RequestOutput, Sequence, Step
 from fastcache.device.green_context import partition
 from fastcache.engine.build import Parts, build
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.jobs import Jobs
+from fastcache.engine.outputs import request_output
 from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
 from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, QueueFull, UnsupportedCombination
-from fastcache.stats import EngineStats
+from fastcache.stats import EngineLoad, EngineStats
 
 
 class LLM:
@@ -46,6 +47,7 @@ class LLM:
         self._ids = itertools.count()
         self._live: dict[str, Sequence] = {}
         self._seeds: dict[str, int] = {}
+        self.new_tokens: dict[str, list[int]] = {}
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -125,8 +127,12 @@ class LLM:
         return self._scheduler.has_unfinished
 
     def step(self) -> list[RequestOutput]:
-        """Launch the next step and deliver the one before it; returns the requests that ended."""
+        """Launch the next step and deliver the one before it; returns the requests that ended.
+
+        Afterwards `new_tokens` has the tokens it delivered, by request id, of running and ended requests.
+        """
         now = time.perf_counter()
+        self.new_tokens = {}
         finished = [self._output(seq, now) for seq in self._scheduler.expire(now)]
         self._jobs.receive(wait=False)
         try:
@@ -161,7 +167,11 @@ class LLM:
         tokens = pending.wait()
         now = time.perf_counter()
         self._account(pending, now)
+        sampling = [(chunk.seq, len(chunk.seq.output_ids)) for chunk in pending.step.chunks if chunk.sample]
         done = self._scheduler.complete(pending.step, tokens, self._parts.eos, now)
+        for seq, had in sampling:
+            if fresh := seq.output_ids[had:]:
+                self.new_tokens.setdefault(seq.request.request_id, []).extend(fresh)
         return [self._output(seq, now) for seq in done]
 
     def _account(self, pending: PendingTokens, now: float) -> None:
@@ -171,30 +181,10 @@ class LLM:
         self._stats.add_time(pending.step, elapsed)
 
     def _output(self, seq: Sequence, now: float) -> RequestOutput:
-        request, times = seq.request, seq.token_times_s
-        del self._live[request.request_id], self._seeds[request.request_id]
+        del self._live[seq.request.request_id], self._seeds[seq.request.request_id]
         self._runner.forget(seq)
         text = self.tokenizer.decode(seq.output_ids) if self.tokenizer is not None else ""
-        metrics = RequestMetrics(
-            arrival_s=request.arrival_s,
-            scheduled_s=seq.scheduled_s,
-            first_token_s=times[0] if times else None,
-            finished_s=now if seq.finish_reason == "timeout" else times[-1],
-            token_times_s=tuple(times),
-            prompt_tokens=seq.prompt_len,
-            output_tokens=len(seq.output_ids),
-            cached_tokens=seq.cached_tokens,
-            kv_len_before=seq.kv_len_before,
-            kv_len_after=seq.kv_len_after,
-            pages_freed=seq.pages_freed,
-            compressed=seq.compressed,
-            preemptions=seq.preemptions,
-            images=len(request.images),
-            image_tokens=sum(image.length for image in request.images),
-        )
-        return RequestOutput(
-            request.request_id, request.prompt_token_ids, seq.output_ids, text, seq.finish_reason, metrics
-        )
+        return request_output(seq, text, now)
 
     def generate(
         self,
@@ -248,6 +238,12 @@ class LLM:
         self._stats.peak_pages = allocator.peak_used
         self._stats.peak_kv_bytes = allocator.peak_used * self._runner.pool.page_bytes
         return self._stats
+
+    def load(self) -> EngineLoad:
+        """Requests and pages at this moment."""
+        scheduler = self._scheduler
+        used, have = scheduler.allocator.used, scheduler.allocator.num_pages - 1
+        return EngineLoad(len(scheduler.running), len(scheduler.waiting), used, have)
 
     def reset_stats(self) -> None:
         self._stats = self._scheduler.stats = EngineStats()

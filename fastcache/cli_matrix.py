@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.bench import models
-from fastcache.bench.matrix import VARIANTS, WORKLOADS, complete_split
+from fastcache.bench.axes import complete_split
+from fastcache.bench.matrix import VARIANTS, WORKLOADS
 from fastcache.cli_types import count, names, number, positive_int, values
 from fastcache.compression.registry import METHODS
 from fastcache.config import DEVICES, DTYPES, KV_DTYPES, LOAD_FORMATS, one_of, require

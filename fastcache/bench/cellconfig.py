@@ -221,6 +221,10 @@ class CellConfig(StrictConfig):
             parts.append("heads")
         if self.kv_dtype != "auto":
             parts.append(self.kv_dtype)
+        if self.num_pages is not None:
+            parts.append(f"p{self.num_pages}")
+        if self.enable_prefix_caching:
+            parts.append("prefix")
         safe = "-".join(parts).replace("_", "-")
         return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in safe) + "-" + digest
 

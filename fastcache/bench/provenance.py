@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cc", ".cpp", ".h")
 UNMEASURED = (
     "cli*.py",
+    "bench/axes.py",
     "bench/matrix.py",
     "bench/provenance.py",
     "bench/resume.py",

@@ -76,6 +76,52 @@ def test_nearer_batch_sizes_win():
     assert sizes["qwen3-8b", "synthetic-long"] == {8}
 
 
+def test_what_a_workload_says_for_itself_comes_first():
+    matrix = config(
+        models={"smollm2": {"path": "x", "num_pages": 7}, "qwen3-8b": {"path": "y"}},
+        workloads=[
+            {"name": "synthetic-long"},
+            {
+                "name": "synthetic-long",
+                "context": 99,
+                "models": ["smollm2"],
+                "variants": ["compression-only"],
+                "methods": ["knorm"],
+                "compression_factors": [3],
+                "engine": {"num_pages": 50},
+                "measure": {"repeats": 1},
+            },
+        ],
+        variants=["baseline"],
+        batch_sizes=[2],
+        engine={"num_pages": 9, "page_size": 32},
+        measure={"repeats": 4, "seed": 6},
+    )
+    general, own = [], []
+    for c in expand(matrix).cells:
+        (own if c.workload.context == 99 else general).append(c)
+    assert [(c.model, c.num_pages, c.repeats) for c in general] == [("smollm2", 7, 4), ("qwen3-8b", 9, 4)]
+    assert [(c.method, c.compression_factor) for c in own] == [(None, None), ("knorm", 3)]
+    for c in own:
+        assert (c.model, c.num_pages, c.repeats, c.seed, c.page_size) == ("smollm2", 50, 1, 6, 32)
+        assert c.baseline_id == own[0].id and "-p50-" in c.id
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        ({"models": ["smolm2"]}, "Did you mean 'smollm2'"),
+        ({"engine": {"numpages": 3}}, "Did you mean 'num_pages'"),
+        ({"measure": {"repeat": 3}}, "Did you mean 'repeats'"),
+        ({"methods": ["snapk"]}, "Did you mean 'snapkv'"),
+        ({"variant": ["triad"]}, "variant"),
+    ],
+)
+def test_a_mistake_in_a_workloads_own_axes_is_named(own, words):
+    with pytest.raises((ConfigError, UnknownName), match=words):
+        expand(config(workloads=[{"name": "synthetic-long", **own}]))
+
+
 def test_the_id_depends_on_every_field_and_on_nothing_else():
     base = cell()
     assert cell().id == base.id and cell(compression_factor=5.0).id == base.id

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import yaml
+from config_check import check_config
 from conftest import ROOT
 
 from fastcache.bench.matrix import expand
@@ -40,6 +41,14 @@ def test_a_shipped_config_means_these_jobs(workplace, succeed, config, cells, mo
     assert jobs(succeed(workplace.snakemake("--dry-run"))) == AROUND_THE_CELLS | model | {
         "measure_cell": cells
     }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path):
+    cells = check_config(yaml.safe_load(path.read_text()), ROOT / "workflow/schemas/config.schema.yaml").cells
+    assert all(c.device == "cuda" for c in cells) == (
+        "h100" in path.stem or path.stem in ("sm-sweep", "paper")
+    )
 
 
 def test_a_thousand_cells_are_planned_and_nothing_is_written(workplace, succeed):

@@ -263,6 +263,20 @@ def test_the_repositorys_published_rows_still_make_a_report(folder, tmp_path):
     assert "<h2>4. Discussion</h2>" in text
 
 
+def test_a_panel_says_in_which_settings_its_cells_differ_from_others():
+    pools = [
+        {"name": "synthetic-long", "engine": {"num_pages": n}, "measure": {"repeats": 1}}
+        for n in (5120, None)
+    ]
+    rows = rows_of({"models": {"smollm2": {"path": "x"}}, "workloads": pools, "batch_sizes": [4]})
+    panels = set(plotting.frame(rows)["panel"])
+    assert panels == {
+        "synthetic-long, 3072 + 512 tokens, 5,120 pages",
+        "synthetic-long, 3072 + 512 tokens",
+    }
+    assert set(plotting.frame(rows[:1])["panel"]) == {"synthetic-long, 3072 + 512 tokens"}
+
+
 def test_captions_of_the_page_exist_for_each_figure():
     rules = re.findall(r"rule plot_(\w+)", (ROOT / "workflow/rules/figures.smk").read_text())
     assert (

@@ -29,6 +29,12 @@ VARIANT_COLOURS = {
 }
 MARKERS = "osD^vP*X"
 BASELINE = "baseline"
+# Engine settings that make cells of the same requests different ones, in words; "" is the usual setting.
+SHOWN_SETTINGS: dict[str, Callable[[Any], str]] = {
+    "kv_dtype": lambda value: "" if value in (None, "auto") else f"{value} KV",
+    "num_pages": lambda value: "" if value is None else f"{value:,} pages",
+    "enable_prefix_caching": lambda value: "prefix cache" if value else "",
+}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -39,11 +45,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One line per cell, with the names that figures show: panel (model and requests), setting, series."""
     one_model = len({row["model"] for row in rows}) == 1
+    said = differing(rows)
     one_split = len({_split(row) for row in rows if row["greenctx"]}) <= 1
     return pd.DataFrame(
         {
             "cell_id": row["cell_id"],
-            "panel": _panel(row, one_model),
+            "panel": _panel(row, one_model, said),
             "batch_size": row["batch_size"],
             "variant": row["variant"],
             "series": row["variant"]
@@ -73,9 +80,19 @@ def setting(row: dict[str, Any]) -> str:
     )
 
 
-def _panel(row: dict[str, Any], one_model: bool) -> str:
+def differing(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Engine settings in which cells of one model differ: what a panel must say beside the requests."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for name in SHOWN_SETTINGS:
+            values.setdefault((name, row["model"]), set()).add(str(row["cell"].get(name)))
+    return [name for name in SHOWN_SETTINGS if any(len(v) > 1 for (n, _), v in values.items() if n == name)]
+
+
+def _panel(row: dict[str, Any], one_model: bool, said: Sequence[str]) -> str:
     requests = f"{row['workload']}, {row['context_requested']} + {row['output_requested']} tokens"
-    return requests if one_model else f"{row['model']}, {requests}"
+    settings = [SHOWN_SETTINGS[name](row["cell"].get(name)) for name in said]
+    return ", ".join(filter(None, ["" if one_model else row["model"], requests, *settings]))
 
 
 def _split(row: dict[str, Any]) -> str:

@@ -62,11 +62,12 @@ def product(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "model_path": entry.get("path"),
             "load_format": entry.get("load_format", "auto"),
         }
+        own_methods = {"methods": entry["methods"]} if entry.get("methods") else {}
         of_model = {key: entry[key] for key in ENGINE_KEYS if key in entry}
         for workload, own in workloads:
             if name not in own.get("models", entries):
                 continue
-            axes = {**config, **{key: entry[key] for key in ("methods",) if entry.get(key)}, **own}
+            axes = {**config, **own_methods, **own}
             of_workload = _section(own, "engine", ENGINE_KEYS) | _section(own, "measure", MEASURE_KEYS)
             point = engine | measure | of_model | of_workload | source | {"workload": workload}
             variants = _names("variant", _list(axes, "variants", VARIANTS), VARIANTS)

@@ -21,6 +21,7 @@ def write_tiny_llava(
     tied: bool = False,
     head_dim: int = 16,
     seed: int = 0,
+    patch_size: int = PATCH_SIZE,
 ) -> Path:
     """Config, float32 safetensors, preprocessor config and a byte-level tokenizer that knows `<image>`."""
     from transformers import (
@@ -37,7 +38,7 @@ def write_tiny_llava(
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
         hidden_act=hidden_act,
     )
     text = LlamaConfig(

@@ -27,7 +27,8 @@ class LayerNorm(nn.Module):
 
 
 class Patches(nn.Module):
-    """Each patch of a picture to one vector: a convolution whose stride is its kernel, as one product."""
+    """Each patch of a picture to one vector. CLIP's convolution has its kernel as its stride, so it is one product,
+    in the precision of every other product (a float32 convolution on CUDA would round to TF32)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -35,8 +36,12 @@ class Patches(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, channels, size, size) -> (N, patches, hidden), row by row."""
-        return F.conv2d(pixels, self.weight, stride=self.weight.shape[-1]).flatten(2).transpose(1, 2)
+        """(N, channels, size, size) -> (N, patches, hidden), row by row; a rest that fills no patch is left out."""
+        count, channels, size, patch = *pixels.shape[:3], self.weight.shape[-1]
+        side = size // patch
+        cut = pixels[..., : side * patch, : side * patch]
+        cut = cut.reshape(count, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(cut.reshape(count, side * side, -1), self.weight.flatten(1))
 
 
 class VisionLayer(nn.Module):

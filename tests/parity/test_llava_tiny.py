@@ -13,6 +13,7 @@ from fastcache.models.config import load_model_config
 from fastcache.models.pictures import load_processor, open_picture
 
 SHAPES = {
+    "patches that leave a rest": {"patch_size": 8},
     "1.5": {},
     "full, last layer, gelu": {"feature_layer": -1, "strategy": "full", "hidden_act": "gelu"},
     "two layers, tied, no bias": {"feature_layer": [1, -2], "tied": True, "bias": False, "head_dim": 8},
@@ -51,7 +52,7 @@ class Oracle:
         self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         self.processor = CLIPImageProcessor.from_pretrained(folder)
         strategy = self.model.config.vision_feature_select_strategy
-        self.each = (IMAGE_SIZE // 7) ** 2 + (strategy == "full")
+        self.each = (IMAGE_SIZE // self.model.config.vision_config.patch_size) ** 2 + (strategy == "full")
 
     def inputs(self, ids, which):
         full = [token for i in ids for token in ([i] * self.each if i == T else [i])]
@@ -131,6 +132,19 @@ def test_chunks_that_cut_pictures_embed_each_picture_once(plain, want, budget):
     assert [o.token_ids for o in sorted(done, key=lambda o: int(o.request_id))] == want
     assert sum(passes) == 7
     assert not any(seq.image_embeddings for seq in live), "embeddings outlive the prefill"
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "p2c2d3"])
+def test_stage_policies_leave_pictures_where_they_are(plain, want, policy):
+    llm = LLM(plain, device="cpu", page_size=4, num_pages=500, max_num_batched_tokens=40, policy=policy)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    done = []
+    for prompt in asked():  # one after another, so that pictures arrive while others decode
+        llm.add_request(prompt, sampling)
+        done += llm.step()
+    while llm.has_unfinished():
+        done += llm.step()
+    assert [o.token_ids for o in sorted(done, key=lambda o: int(o.request_id))] == want
 
 
 def test_preemption_recomputes_the_same_tokens(plain, want):

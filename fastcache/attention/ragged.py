@@ -7,6 +7,7 @@ one length per KV head: a decoded token, or each token of a question behind a co
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,17 @@ class RaggedAttention(AttentionBackend):
         grouped = q.view(len(q), h.kv_heads, h.group, h.head_dim)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.scale)
         return out.reshape(q.shape)
+
+
+def with_layouts(
+    dense: AttentionBackend, layouts: LayoutTable, max_rows: int, max_pages: int
+) -> RaggedAttention:
+    """The kernels where Triton runs, else the reference. max_rows: most query tokens of a captured step."""
+    if dense.pool.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from fastcache.attention.ragged_triton import RaggedTriton
+
+        return RaggedTriton(dense, layouts, max_rows, max_pages)
+    return RaggedAttention(dense, layouts)
 
 
 def _part(batch: ForwardBatch, seqs: np.ndarray, tokens: np.ndarray) -> ForwardBatch:

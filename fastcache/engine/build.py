@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastcache.attention.base import HeadShape
-from fastcache.attention.ragged import RaggedAttention
+from fastcache.attention.ragged import with_layouts
 from fastcache.attention.select import select_backend
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.head_budgets import HeadBudgets
@@ -21,6 +21,7 @@ from fastcache.device.partition import Partition
 from fastcache.engine.batch import BatchBuilder
 from fastcache.engine.chunks import Limits
 from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
+from fastcache.engine.cuda_graphs import padded_size
 from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
@@ -115,7 +116,12 @@ def build(config: EngineConfig) -> Parts:
     backend = select_backend(config.attention_backend, pool, heads, device)
     ragged = config.compression is not None and config.compression.head_budgets is not None
     if ragged:
-        backend = RaggedAttention(backend, LayoutTable(pool, config.max_num_seqs + 1))
+        backend = with_layouts(
+            backend,
+            LayoutTable(pool, config.max_num_seqs + 1),
+            padded_size(config.max_num_seqs),
+            pages_for(max_model_len, config.page_size),
+        )
     scheduler = Scheduler(
         Limits(tokens_per_step, config.max_num_seqs, config.page_size),
         allocator,

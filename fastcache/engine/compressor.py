@@ -65,6 +65,7 @@ class Work:
     max_length: int
     max_budget: int
     layouts: Tensor | None = None  # (n, 3 x heads + 1) with head budgets, which come before `budgets`
+    longest: tuple[int, ...] = ()  # with head budgets, the largest of each layer
 
     @classmethod
     def of(
@@ -80,8 +81,11 @@ class Work:
         numbers = [np.asarray(each, np.int64) for each in (lengths, budgets)]
         tensors = [to_device(each, device) for each in (table, fresh, *numbers)]
         rows = None if window is None else to_device(window, device)
-        packed = None if layouts[0] is None else upload_layouts(layouts, device)
-        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed)
+        packed, longest = None, ()
+        if layouts[0] is not None:
+            packed = upload_layouts(layouts, device)
+            longest = tuple(np.stack([each.kept for each in layouts]).max((0, 2)).tolist())
+        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed, longest)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -108,8 +112,9 @@ def compress_layer(
     keys, values = pool.gather(layer, work.table, work.max_length)
     heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
     budgets = work.budgets if heads is None else heads.kept
+    largest = work.max_budget if heads is None else work.longest[layer]
     view = LayerKV(layer, num_layers, keys, values, work.lengths, budgets, window_queries=queries)
-    kept = select(method.score(view), work.lengths, budgets, work.max_budget)
+    kept = select(method.score(view), work.lengths, budgets, largest)
     if heads is None:
         repack_layer(pool, layer, keys, values, kept, work.fresh)
     else:

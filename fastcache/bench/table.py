@@ -81,11 +81,17 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
+def requests_of(row: Mapping[str, Any]) -> str:
+    """The workload as a reader says it: its name, and how many pictures go with each request if any do."""
+    images = row["cell"]["workload"].get("images", 0)
+    return row["workload"] + (f" with {images} image{'s' * (images > 1)}" if images else "")
+
+
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     kept = row["kv_len_after"] / row["kv_len_before"] if row["kv_len_before"] else None
     return (
         row["model"],
-        row["workload"],
+        requests_of(row),
         str(row["batch_size"]),
         row["variant"],
         "-" if row["method"] is None else f"{row['method']} {row['compression_factor']:g}x",

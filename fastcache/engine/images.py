@@ -33,6 +33,9 @@ class PictureEmbedder:
                 rows[target] = source[low - image.start : high - image.start]
                 if image.end <= end:
                     del chunk.seq.image_embeddings[index]
+                elif source.untyped_storage().nbytes() > source.nbytes:
+                    # Alone, so that it does not hold the whole batch it was computed in.
+                    chunk.seq.image_embeddings[index] = source.clone()
             first += chunk.length
         return rows
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from fastcache.bench.table import requests_of
+
 TIMES = "\N{MULTIPLICATION SIGN}"
 Row = dict[str, Any]
 
@@ -190,7 +192,7 @@ def dummy(rows: Sequence[Row]) -> bool:
 
 def describe(row: Row) -> str:
     how = f" with {row['method']} {TIMES}{row['compression_factor']:g}" if row["method"] else ""
-    return f"{row['variant']}{how}, {row['workload']}, batch {row['batch_size']}"
+    return f"{row['variant']}{how}, {requests_of(row)}, batch {row['batch_size']}"
 
 
 def times(value: float | None) -> str:

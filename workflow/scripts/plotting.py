@@ -19,6 +19,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastcache.bench.table import requests_of
+
 # Okabe and Ito's palette: its members stay apart under every common colour blindness and in grey print.
 VARIANT_COLOURS = {
     "baseline": "#5f6368",
@@ -90,7 +92,7 @@ def differing(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _panel(row: dict[str, Any], one_model: bool, said: Sequence[str]) -> str:
-    requests = f"{row['workload']}, {row['context_requested']} + {row['output_requested']} tokens"
+    requests = f"{requests_of(row)}, {row['context_requested']} + {row['output_requested']} tokens"
     settings = [SHOWN_SETTINGS[name](row["cell"].get(name)) for name in said]
     return ", ".join(filter(None, ["" if one_model else row["model"], requests, *settings]))
 

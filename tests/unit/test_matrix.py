@@ -111,6 +111,7 @@ def test_what_a_workload_says_for_itself_comes_first():
     "own, words",
     [
         ({"models": ["smolm2"]}, "Did you mean 'smollm2'"),
+        ({"greenctx": {"splits": [{"compress": 0.1}]}}, "compress_ratio"),
         ({"engine": {"numpages": 3}}, "Did you mean 'num_pages'"),
         ({"measure": {"repeat": 3}}, "Did you mean 'repeats'"),
         ({"methods": ["snapk"]}, "Did you mean 'snapkv'"),

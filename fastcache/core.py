@@ -148,6 +148,8 @@ class Chunk:
     `fresh_pages`: pages for the kept entries when the cache is compressed right after this chunk.
     `kept`: how many entries each KV head keeps then; 0 means no compression.
     `defer`: compression comes later; this chunk leaves behind what the method needs to see of it.
+    `stored`: its entries go to the sequence's pages. Not so for a context that starts and is compressed within
+    this step: only its kept entries are written, to the fresh pages, and it never owns others.
     """
 
     seq: Sequence
@@ -158,6 +160,7 @@ class Chunk:
     kept: int = 0
     fresh_pages: tuple[int, ...] = ()
     defer: bool = False
+    stored: bool = True
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class HostBatch:
 
     token_ids: int64, those the host knows: (T,) of a prefill, (T - decode_rows,) of a mixed step, None of a
     decode step; the others are on the device. seats: (B,) int64.
-    positions, slots: (T,) int64. cu_seqlens_q: (B + 1,) int64. kv_lens: (B,) int64, new tokens included.
+    positions, slots: (T,) int64; slot -1 says that an entry is not stored. cu_seqlens_q: (B + 1,) int64. kv_lens: (B,) int64, new tokens included.
     page_table: (B, max_pages) int32. sample_rows: (S,) int64, rows whose next token is drawn;
     sample_seats: (S,) int64, the seats they belong to. layouts: with head budgets, where each sequence's heads
     have their entries (`kvcache.head_layout`), None for one that is not compressed; else empty.

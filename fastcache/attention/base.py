@@ -55,7 +55,15 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (T, H, d); k, v: (T, Hk, d), the step's new entries, already stored. Returns (T, H, d)."""
+        """q: (T, H, d); k, v: (T, Hk, d), the step's new entries, stored already where they have a slot.
+        Returns (T, H, d)."""
+
+
+def page_readers(host: HostBatch) -> int:
+    """How many of a prefill's leading sequences read pages. Those behind them start in this step: their entries
+    are all among the step's own keys and values, and their pages need not hold anything."""
+    continued = np.flatnonzero(np.diff(host.cu_seqlens_q) < host.kv_lens)
+    return int(continued[-1]) + 1 if len(continued) else 0
 
 
 def split_mixed(host: HostBatch) -> tuple[HostBatch, HostBatch]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.attention.base import AttentionBackend, HeadShape, split_mixed
+from fastcache.attention.base import AttentionBackend, HeadShape, page_readers, split_mixed
 from fastcache.core import ForwardBatch, HostBatch
 from fastcache.errors import UnsupportedCombination
 from fastcache.kvcache.pool import KVPool
@@ -112,18 +112,17 @@ class FlashInfer(AttentionBackend):
             paged_kv_last_page_len_buffer=buffer(size),
         )
 
-    def _pages(self, host: HostBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _pages(self, kv_lens: np.ndarray, page_table: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """(indptr, page numbers, entries in the last page), flattened over sequences; numbers on the device."""
-        counts = -(-host.kv_lens // self.pool.page_size)
-        indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        width = host.page_table.shape[1]
-        indices = host.page_table[np.arange(width) < counts[:, None]]
-        last = (host.kv_lens - (counts - 1) * self.pool.page_size).astype(np.int32)
-        numbers = torch.from_numpy(indices).pin_memory().to(self.pool.device, non_blocking=True)
-        return torch.from_numpy(indptr).pin_memory(), numbers, torch.from_numpy(last).pin_memory()
+        counts = -(-kv_lens // self.pool.page_size)
+        indptr = np.concatenate(([0], np.cumsum(counts)))
+        indices = page_table[np.arange(page_table.shape[1]) < counts[:, None]]
+        last = kv_lens - (counts - 1) * self.pool.page_size
+        numbers = _pinned(indices).to(self.pool.device, non_blocking=True)
+        return _pinned(indptr), numbers, _pinned(last)
 
     def _plan_decode(self, wrapper: object, host: HostBatch) -> Run:
-        indptr, indices, last = self._pages(host)
+        indptr, indices, last = self._pages(host.kv_lens, host.page_table)
         h = self.heads
         wrapper.plan(
             indptr,
@@ -141,18 +140,32 @@ class FlashInfer(AttentionBackend):
 
     def _plan_prefill(self, host: HostBatch) -> Run:
         h, dtype = self.heads, self.pool.shape.dtype
-        cu_seqlens = torch.from_numpy(host.cu_seqlens_q.astype(np.int32)).pin_memory()
-        options = {"causal": True, "sm_scale": self.scale, "q_data_type": dtype}
-        if (np.diff(host.cu_seqlens_q) == host.kv_lens).all():
-            self._ragged.plan(
-                cu_seqlens, cu_seqlens, h.num_heads, h.kv_heads, h.head_dim, kv_data_type=dtype, **options
-            )
-            return lambda layer, q, k, v: self._ragged.run(q, k, v)
-        indptr, indices, last = self._pages(host)
-        options["kv_data_type"] = self.pool.shape.stored
-        shape = (h.num_heads, h.kv_heads, h.head_dim, self.pool.page_size)
-        self._paged.plan(cu_seqlens, indptr, indices, last, *shape, **options)
-        return lambda layer, q, k, v: self._paged.run(q, (self.pool.keys[layer], self.pool.values[layer]))
+        shape, options = (h.num_heads, h.kv_heads, h.head_dim), {"causal": True, "sm_scale": self.scale}
+        options["q_data_type"] = dtype
+        b, readers = host.num_seqs, page_readers(host)
+        t = int(host.cu_seqlens_q[readers])
+        if readers < b:
+            cu_seqlens = _pinned(host.cu_seqlens_q[readers:] - t)
+            self._ragged.plan(cu_seqlens, cu_seqlens, *shape, kv_data_type=dtype, **options)
+            own = self._ragged.run
+        if readers:
+            cu_seqlens = _pinned(host.cu_seqlens_q[: readers + 1])
+            pages = self._pages(host.kv_lens[:readers], host.page_table[:readers])
+            options["kv_data_type"] = self.pool.shape.stored
+            self._paged.plan(cu_seqlens, *pages, *shape, self.pool.page_size, **options)
+        if readers == 0:
+            return lambda layer, q, k, v: own(q, k, v)
+        if readers == b:
+            return lambda layer, q, k, v: self._read(layer, q)
+        return lambda layer, q, k, v: torch.cat((self._read(layer, q[:t]), own(q[t:], k[t:], v[t:])))
+
+    def _read(self, layer: int, q: Tensor) -> Tensor:
+        return self._paged.run(q, (self.pool.keys[layer], self.pool.values[layer]))
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._run(layer, q, k, v)
+
+
+def _pinned(numbers: np.ndarray) -> Tensor:
+    """int32, from where the device copies without waiting."""
+    return torch.from_numpy(numbers.astype(np.int32)).pin_memory()

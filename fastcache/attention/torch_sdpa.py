@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcache.attention.base import AttentionBackend
+from fastcache.attention.base import AttentionBackend, page_readers, split_mixed
 from fastcache.core import ForwardBatch
 
 
@@ -36,17 +36,21 @@ class TorchSDPA(AttentionBackend):
     name = "torch-sdpa"
 
     def plan(self, batch: ForwardBatch) -> None:
-        b = len(batch.host.kv_lens)
+        host, b = batch.host, batch.host.num_seqs
         # Single tokens padded to the length of a prompt would cost as much as a prompt each.
-        cuts = (0, b - batch.host.decode_rows, b) if batch.host.decode_rows else (0, b)
-        self._parts = [self._part(batch, slice(*cut)) for cut in itertools.pairwise(cuts)]
+        prefills = 0 if host.decode else b - host.decode_rows
+        readers = page_readers(split_mixed(host)[0] if host.decode_rows else host) if prefills else 0
+        cuts = sorted({0, readers, prefills, b})
+        self._parts = [
+            self._part(batch, slice(start, end), own=readers <= start < prefills)
+            for start, end in itertools.pairwise(cuts)
+        ]
 
-    def _part(self, batch: ForwardBatch, seqs: slice) -> _Part:
+    def _part(self, batch: ForwardBatch, seqs: slice, own: bool) -> _Part:
         starts, kv_lens = batch.cu_seqlens_q[:-1][seqs], batch.kv_lens[seqs]
         q_lens = batch.cu_seqlens_q[1:][seqs] - starts
         max_q = int(np.diff(batch.host.cu_seqlens_q)[seqs].max())
         max_kv = int(batch.host.kv_lens[seqs].max())
-        whole = bool((np.diff(batch.host.cu_seqlens_q) == batch.host.kv_lens)[seqs].all())
         query = torch.arange(max_q, device=starts.device)
         entry = torch.arange(max_kv, device=starts.device)
         # Rows past a sequence's last query repeat row 0; they are computed and dropped.
@@ -61,7 +65,7 @@ class TorchSDPA(AttentionBackend):
             real.flatten().nonzero().squeeze(1),
             mask.repeat(1, 1, self.heads.group, 1),
             max_kv,
-            own=whole and not batch.host.decode,
+            own,
         )
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

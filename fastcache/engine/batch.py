@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcache.core import Chunk, ForwardBatch, HostBatch, Sequence, Step
 from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.slots import slots_of
 
 
@@ -48,13 +49,16 @@ class BatchBuilder:
         within = np.arange(cu_seqlens[-1]) - cu_seqlens[:-1][rows]
         kv_lens = kv_starts + lengths
         table = self._tables[seats, : -(-int(kv_lens.max()) // self.page_size)]
+        stored = np.fromiter((c.stored for c in chunks), bool, len(chunks))
+        table[~stored] = SCRATCH_PAGE
+        slots = slots_of(table, rows, kv_starts[rows] + within, self.page_size)
         sampling = np.fromiter((c.sample for c in chunks), bool, len(chunks))
         return HostBatch(
             decode=step.decode,
             token_ids=None if step.decode else _known_ids(chunks[: len(chunks) - step.decode_rows]),
             seats=seats,
             positions=starts[rows] + within,
-            slots=slots_of(table, rows, kv_starts[rows] + within, self.page_size),
+            slots=np.where(stored[rows], slots, -1),
             cu_seqlens_q=cu_seqlens,
             kv_lens=kv_lens,
             page_table=table,

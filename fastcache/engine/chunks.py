@@ -19,10 +19,13 @@ class Limits:
 
 
 class Chunks:
-    """Cuts chunks and gives them their pages."""
+    """Cuts chunks and gives them their pages.
 
-    def __init__(self, limits: Limits, allocator: PageAllocator, demand: PageDemand) -> None:
-        self.limits, self.allocator, self.demand = limits, allocator, demand
+    direct: a context that one chunk computes whole is compressed out of it, and only what stays gets pages.
+    """
+
+    def __init__(self, limits: Limits, allocator: PageAllocator, demand: PageDemand, direct: bool) -> None:
+        self.limits, self.allocator, self.demand, self.direct = limits, allocator, demand, direct
 
     def prefill(self, seq: Sequence, budget: int, split: bool, defer: bool) -> Chunk | None:
         """The next piece of an unfinished prefill, its pages allocated; None if there is none that fits.
@@ -45,9 +48,12 @@ class Chunks:
         if length < left or defer:
             kept = 0
         fresh = self.demand.fresh_pages(seq, kept)
-        if length <= 0 or self.missing(seq, length) + fresh > self.allocator.available:
+        stored = not (self.direct and kept > 0 and seq.kv_len == 0)
+        missing = self.missing(seq, length) if stored else 0
+        if length <= 0 or missing + fresh > self.allocator.available:
             return None
-        self._extend(seq, length)
+        if stored:
+            self._extend(seq, length)
         return Chunk(
             seq,
             start=seq.num_computed,
@@ -57,6 +63,7 @@ class Chunks:
             kept=kept,
             fresh_pages=tuple(self.allocator.allocate(fresh)),
             defer=defer,
+            stored=stored,
         )
 
     def decode(self, seq: Sequence) -> Chunk:

@@ -85,7 +85,8 @@ class CompressStage:
             seq.held = old
             return
         self.allocator.free(old)
-        seq.pages_freed = len(old) - len(fresh)
+        # Pages that the whole context would take count as freed, whether it was stored or not.
+        seq.pages_freed = pages_for(seq.kv_len_before, self.demand.page_size) - len(fresh)
         stats.pages_freed += seq.pages_freed
 
     def release(self, seq: Sequence) -> None:

@@ -28,13 +28,19 @@ class PageDemand:
     """Page counts of sequences, compressed or to be compressed.
 
     Without `immediate_release` a compressed sequence keeps its old pages until its request ends.
+    direct_tokens: contexts of up to so many tokens are always compressed in the step that computes them, without
+    being stored whole.
     """
 
     def __init__(
-        self, page_size: int, compression: CompressionPlan | None, immediate_release: bool = True
+        self,
+        page_size: int,
+        compression: CompressionPlan | None,
+        immediate_release: bool = True,
+        direct_tokens: int = 0,
     ) -> None:
         self.page_size, self.compression = page_size, compression
-        self.immediate_release = immediate_release
+        self.immediate_release, self.direct_tokens = immediate_release, direct_tokens
 
     def kept(self, seq: Sequence) -> int:
         """Entries kept of a context that is still to be compressed, else 0."""
@@ -62,10 +68,16 @@ class PageDemand:
     def _pages(self, layout: HeadLayout | None, kv_len: int) -> int:
         return pages_for(kv_len, self.page_size) if layout is None else layout.pages(kv_len - layout.longest)
 
+    def direct(self, seq: Sequence) -> bool:
+        """Whether the context of `seq` is sure to be compressed without being stored whole."""
+        fits = seq.kv_len == 0 and seq.request.compress_at <= self.direct_tokens
+        return fits and not seq.defer and self.kept(seq) > 0
+
     def peak(self, seq: Sequence, new_tokens: int) -> int:
         """Most pages `seq` holds at once until it has sampled `new_tokens` more tokens.
 
-        A context that will be compressed needs its full pages and the fresh ones side by side for a moment.
+        A context that will be compressed needs its full pages and the fresh ones side by side for a moment, unless
+        it is never stored whole.
         """
         kept, context = self.kept(seq), seq.request.compress_at
         # The newest sampled token is only stored when it is fed back, and the very last one never is.
@@ -76,6 +88,8 @@ class PageDemand:
         old, later = pages_for(context, self.page_size), self._pages(layout, stored - context + kept)
         if not self.immediate_release:
             return old + later
+        if self.direct(seq):
+            old = 0
         return max(old + self._pages(layout, kept), later)
 
     def expected(self, seq: Sequence) -> int:

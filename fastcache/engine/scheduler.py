@@ -49,9 +49,13 @@ class Scheduler:
         self.limits, self.allocator, self.stats = limits, allocator, stats
         self.prefix, self.compression = prefix, compression
         self.policy = policy or PrefillFirst()
-        self.demand = PageDemand(limits.page_size, compression, immediate_release)
+        # The prefix cache names whole pages and late release is about them, so then they must be there.
+        direct = prefix is None and immediate_release
+        whole = direct and not (self.policy.deferred or self.policy.cuts_prompts)
+        direct_tokens = limits.max_num_batched_tokens if whole else 0
+        self.demand = PageDemand(limits.page_size, compression, immediate_release, direct_tokens)
         self.admission = Admission(allocator, self.demand, prefix)
-        self.chunks = Chunks(limits, allocator, self.demand)
+        self.chunks = Chunks(limits, allocator, self.demand, direct)
         self.stage = CompressStage(allocator, self.demand, immediate_release)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; prefilling ones included
@@ -118,6 +122,8 @@ class Scheduler:
             budget -= chunk.length
         if not chunks:
             return Step(tuple(riders), decode=True) if riders else None
+        # What reads stored entries comes first: then a backend has at most two runs of sequences to attend.
+        chunks.sort(key=lambda chunk: chunk.kv_start == 0)
         return Step((*chunks, *riders), decode=False, decode_rows=len(riders))
 
     def _admit(self, seq: Sequence) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from fastcache.config import STATIC_POLICY
 
@@ -59,9 +59,11 @@ class Turn:
 
 
 class StagePolicy(Protocol):
-    """`deferred`: compression is a stage of its own, after prefill, rather than inside its forward pass."""
+    """`deferred`: compression is a stage of its own, after prefill, rather than inside its forward pass.
+    `cuts_prompts`: a turn may allow fewer prefill tokens than a step could hold."""
 
     deferred: bool
+    cuts_prompts: bool
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         """What to run now, most wanted first; stages that are not named run only if none of these can."""
@@ -73,6 +75,7 @@ class PrefillFirst:
     """`default`: prompts before tokens, as fast as memory admits them. Best throughput of a closed batch."""
 
     deferred: bool = False
+    cuts_prompts: ClassVar[bool] = False
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         return Turn(PREFILL), Turn(COMPRESS), Turn(DECODE)
@@ -83,6 +86,7 @@ class FirstComeFirstServed:
     """`fcfs`: the stage whose oldest work has waited longest runs; all that is pending in it joins."""
 
     deferred: bool = False
+    cuts_prompts: ClassVar[bool] = False
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         pending = [(queue.since_s, stage) for stage, queue in load.queues().items() if queue.pending]
@@ -101,6 +105,7 @@ class FixedBatches:
     compress: int
     decode: int
     deferred: bool = True
+    cuts_prompts: ClassVar[bool] = False
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         sizes = {DECODE: self.decode, COMPRESS: self.compress, PREFILL: self.prefill}
@@ -120,6 +125,7 @@ class Dynamic:
     patience_s: float = PATIENCE_S
     mixed_tokens: int = MIXED_TOKENS
     deferred: bool = False
+    cuts_prompts: ClassVar[bool] = True
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         turns = []

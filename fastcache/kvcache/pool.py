@@ -85,10 +85,14 @@ class KVPool:
         return self.shape.bytes_per_token * self.page_size
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-        """Store new entries. keys, values: (T, kv_heads, head_dim), model dtype; slot_mapping: (T,) int64."""
+        """Store new entries, except those whose slot is -1.
+
+        keys, values: (T, kv_heads, head_dim), model dtype; slot_mapping: (T,) int64.
+        """
         if self._write_fast is not None:
             self._write_fast(self.keys[layer], self.values[layer], keys, values, slot_mapping)
             return
+        slot_mapping = slot_mapping.clamp(min=0)  # slot 0 is on the scratch page, which nobody reads
         pages, offsets = slot_mapping // self.page_size, slot_mapping % self.page_size
         for pool, new in ((self.keys, keys), (self.values, values)):
             _indexable(pool[layer])[pages, :, offsets] = _indexable(to_stored(new, pool.dtype))

@@ -28,6 +28,8 @@ def _write_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
+    if slot < 0:
+        return
     column = tl.arange(0, BLOCK)
     inside = column < kv_heads * DIM
     head, within = column // DIM, column % DIM

@@ -193,7 +193,8 @@ class HostBatch:
 
     token_ids: int64, those the host knows: (T,) of a prefill, (T - decode_rows,) of a mixed step, None of a
     decode step; the others are on the device. seats: (B,) int64.
-    positions, slots: (T,) int64; slot -1 says that an entry is not stored. cu_seqlens_q: (B + 1,) int64. kv_lens: (B,) int64, new tokens included.
+    positions, slots: (T,) int64; slot -1 says that an entry is not stored. cu_seqlens_q: (B + 1,) int64.
+    kv_lens: (B,) int64, new tokens included.
     page_table: (B, max_pages) int32. sample_rows: (S,) int64, rows whose next token is drawn;
     sample_seats: (S,) int64, the seats they belong to. layouts: with head budgets, where each sequence's heads
     have their entries (`kvcache.head_layout`), None for one that is not compressed; else empty.

@@ -11,6 +11,19 @@ from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.pool import KVPool
 
 
+def repack_packed(
+    pool: KVPool, layer: int, k: Tensor, v: Tensor, starts: Tensor, kept: Tensor, fresh_table: Tensor
+) -> None:
+    """As `repack_layer`, from a step's packed entries: k, v (T, Hk, d); sequence b begins at row starts[b]."""
+    rows = (starts[:, None, None] + kept.clamp(min=0)).flatten(1)
+    heads = torch.arange(kept.shape[1], device=kept.device)[:, None].expand(kept.shape[1:]).flatten()
+    room = fresh_table.shape[1] * pool.page_size
+    keys, values = (
+        F.pad(x[rows, heads].unflatten(1, kept.shape[1:]), (0, 0, 0, room - kept.shape[2])) for x in (k, v)
+    )
+    pool.write_kept(layer, keys, values, fresh_table)
+
+
 def repack_layer(
     pool: KVPool, layer: int, keys: Tensor, values: Tensor, kept: Tensor, fresh_table: Tensor
 ) -> None:

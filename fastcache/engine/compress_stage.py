@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fastcache.core import Sequence
 from fastcache.engine.demand import PageDemand
 from fastcache.kvcache.pages import PageAllocator
+from fastcache.kvcache.slots import pages_for
 from fastcache.stats import EngineStats
 
 

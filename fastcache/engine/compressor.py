@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.compression.base import EvictionMethod, LayerKV, budget, select
+from fastcache.compression.base import EvictionMethod, LayerKV, budget
 from fastcache.compression.head_budgets import HeadBudgets
-from fastcache.compression.repack import repack_heads, repack_layer
+from fastcache.compression.kernels import kernels_for
+from fastcache.compression.repack import repack_heads, repack_layer, repack_packed
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
-from fastcache.kvcache.head_layout import HeadLayout, HeadRows, upload_layouts
-from fastcache.kvcache.pages import SCRATCH_PAGE
+from fastcache.engine.work import Packed, Work, page_tables, window_rows
+from fastcache.kvcache.head_layout import HeadLayout, HeadRows
 from fastcache.kvcache.pool import KVPool
 
 SUPPORTED_NEEDS = frozenset({"keys", "values", "window_queries"})
@@ -53,79 +51,57 @@ class MethodPlan:
         return self._layouts[num_tokens]
 
 
-@dataclass(frozen=True)
-class Work:
-    """The n sequences that are compressed together. Tables on the device, sizes on the host."""
+class LayerCompressor:
+    """Scores, selects and repacks one layer of n sequences at once."""
 
-    table: Tensor  # (n, pages) their full pages
-    fresh: Tensor  # (n, pages) where the kept entries go
-    lengths: Tensor  # (n,) int64
-    budgets: Tensor  # (n,) int64
-    window_rows: Tensor | None  # (n, w) int64: rows of q that hold the last w queries, inside a prefill
-    max_length: int
-    max_budget: int
-    layouts: Tensor | None = None  # (n, 3 x heads + 1) with head budgets, which come before `budgets`
-    longest: tuple[int, ...] = ()  # with head budgets, the largest of each layer
+    def __init__(self, method: EvictionMethod, pool: KVPool, num_layers: int) -> None:
+        self.method, self.pool, self.num_layers = method, pool, num_layers
+        self.kernels = kernels_for(pool.device)
 
-    @classmethod
-    def of(
-        cls,
-        table: np.ndarray,
-        fresh: np.ndarray,
-        lengths: Many[int],
-        budgets: Many[int],
-        window: np.ndarray | None,
-        device: torch.device,
-        layouts: Many[HeadLayout | None],
-    ) -> Work:
-        numbers = [np.asarray(each, np.int64) for each in (lengths, budgets)]
-        tensors = [to_device(each, device) for each in (table, fresh, *numbers)]
-        rows = None if window is None else to_device(window, device)
-        packed, longest = None, ()
-        if layouts[0] is not None:
-            packed = upload_layouts(layouts, device)
-            longest = tuple(np.stack([each.kept for each in layouts]).max((0, 2)).tolist())
-        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed, longest)
+    def stored(self, layer: int, work: Work, queries: Tensor | None) -> None:
+        """Contexts out of their pages. queries: (n, H, w, d) for a method that needs them."""
+        keys, values = self.pool.gather(layer, work.table, work.max_length)
+        heads, kept = self._kept(layer, work, keys, values, queries)
+        if heads is None:
+            repack_layer(self.pool, layer, keys, values, kept, work.fresh)
+        else:
+            repack_heads(self.pool, heads, keys, values, kept, work.fresh)
 
+    def packed(
+        self, layer: int, work: Work, where: Packed, k: Tensor, v: Tensor, queries: Tensor | None
+    ) -> None:
+        """Contexts out of a step's own k and v, (T, Hk, d)."""
+        needs, longest = self.method.needs, work.max_length
+        keys = where.padded(k, longest) if "keys" in needs else where.shaped(k, longest)
+        values = where.padded(v, longest) if "values" in needs else None
+        heads, kept = self._kept(layer, work, keys, values, queries)
+        if heads is not None:
+            keys, values = where.padded(k, longest), where.padded(v, longest)
+            repack_heads(self.pool, heads, keys, values, kept, work.fresh)
+        elif self.kernels.repack is None:
+            repack_packed(self.pool, layer, k, v, where.starts, kept, work.fresh)
+        else:
+            pages = self.pool.keys[layer], self.pool.values[layer]
+            self.kernels.repack(*pages, k, v, where.starts, kept, work.fresh)
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-
-def page_tables(pages: Many[Many[int]]) -> np.ndarray:
-    """(n, longest) int32, the scratch page where a sequence has fewer."""
-    table = np.full((len(pages), max(map(len, pages))), SCRATCH_PAGE, np.int32)
-    for row, numbers in enumerate(pages):
-        table[row, : len(numbers)] = numbers
-    return table
-
-
-def window_rows(host: HostBatch, rows: list[int], window: int) -> np.ndarray:
-    """(n, w) int64: where a step's packed queries hold the last `window` of each of `rows`."""
-    return host.cu_seqlens_q[1:][rows][:, None] + np.arange(-window, 0)
-
-
-def compress_layer(
-    method: EvictionMethod, pool: KVPool, layer: int, num_layers: int, work: Work, queries: Tensor | None
-) -> None:
-    """Score, select and repack one layer. queries: (n, H, w, d) for a method that needs them."""
-    keys, values = pool.gather(layer, work.table, work.max_length)
-    heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
-    budgets = work.budgets if heads is None else heads.kept
-    largest = work.max_budget if heads is None else work.longest[layer]
-    view = LayerKV(layer, num_layers, keys, values, work.lengths, budgets, window_queries=queries)
-    kept = select(method.score(view), work.lengths, budgets, largest)
-    if heads is None:
-        repack_layer(pool, layer, keys, values, kept, work.fresh)
-    else:
-        repack_heads(pool, heads, keys, values, kept, work.fresh)
+    def _kept(
+        self, layer: int, work: Work, keys: Tensor, values: Tensor | None, queries: Tensor | None
+    ) -> tuple[HeadRows | None, Tensor]:
+        """The layer's head budgets, if it has any, and the kept positions (n, Hk, K)."""
+        heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
+        budgets = work.budgets if heads is None else heads.kept
+        largest = work.max_budget if heads is None else work.longest[layer]
+        view = LayerKV(layer, self.num_layers, keys, values, work.lengths, budgets, window_queries=queries)
+        scores = self.kernels.score(self.method, view)
+        return heads, self.kernels.select(scores, work.lengths, budgets, largest)
 
 
 class InlineCompressor:
-    """Scores, selects and repacks one layer at a time, for all sequences of the step at once.
+    """Compresses each layer right behind its attention, all sequences of the step at once.
 
-    With a `stream` of its own this runs beside the next layers' prefill: it reads pages nobody writes any more
-    and writes pages nobody reads yet. `finish` joins the streams at the end of the step.
+    A context that starts and ends in the step is compressed out of the step's own keys and values; one that was
+    begun earlier, out of its pages. With a `stream` of its own this runs beside the next layers' prefill: it reads
+    what nobody writes any more and writes pages nobody reads yet. `finish` joins the streams at the step's end.
     """
 
     def __init__(
@@ -136,18 +112,28 @@ class InlineCompressor:
         stream: torch.cuda.Stream | None = None,
         layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
     ) -> None:
-        self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
+        self.method, self.pool, self.layout = method, pool, layout
+        self.layers = LayerCompressor(method, pool, num_layers)
         self.stream = stream
-        self._work: Work | None = None
+        self._works: list[tuple[Work, Packed | None]] = []
 
     def begin(self, step: Step, host: HostBatch) -> bool:
         """Note which sequences of the step are to be compressed; False if none is."""
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
-        if not rows:
-            self._work = None
-            return False
+        stored = [row for row in rows if step.chunks[row].kv_start]
+        packed = [row for row in rows if not step.chunks[row].kv_start]
+        self._works = []
+        if stored:
+            self._works.append((self._work(step, host, stored), None))
+        if packed:
+            starts = host.cu_seqlens_q[:-1][packed]
+            where = Packed.of(starts, host.kv_lens[packed], self.pool.device)
+            self._works.append((self._work(step, host, packed), where))
+        return bool(rows)
+
+    def _work(self, step: Step, host: HostBatch, rows: list[int]) -> Work:
         chunks = [step.chunks[row] for row in rows]
-        self._work = Work.of(
+        return Work.of(
             host.page_table[rows],
             page_tables([chunk.fresh_pages for chunk in chunks]),
             host.kv_lens[rows],
@@ -156,24 +142,27 @@ class InlineCompressor:
             self.pool.device,
             [self.layout(chunk.seq.request.compress_at) for chunk in chunks],
         )
-        return True
 
-    def layer(self, layer: int, q: Tensor) -> None:
-        """q: (T, H, d), the step's rotated queries. Its keys and values are in the pool already."""
+    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already."""
         if self.stream is None:
-            self._compress(layer, q)
+            self._compress(layer, q, k, v)
             return
-        hand_over(torch.cuda.current_stream(), self.stream, q)
+        hand_over(torch.cuda.current_stream(), self.stream, q, k, v)
         with torch.cuda.stream(self.stream):
-            self._compress(layer, q)
+            self._compress(layer, q, k, v)
 
     def finish(self) -> None:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
         if self.stream is not None:
             hand_over(self.stream, torch.cuda.current_stream())
 
-    def _compress(self, layer: int, q: Tensor) -> None:
-        queries = None
-        if "window_queries" in self.method.needs:
-            queries = q[self._work.window_rows].transpose(1, 2)
-        compress_layer(self.method, self.pool, layer, self.num_layers, self._work, queries)
+    def _compress(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for work, where in self._works:
+            queries = None
+            if "window_queries" in self.method.needs:
+                queries = q[work.window_rows].transpose(1, 2)
+            if where is None:
+                self.layers.stored(layer, work, queries)
+            else:
+                self.layers.packed(layer, work, where, k, v, queries)

@@ -18,7 +18,8 @@ from fastcache.core import HostBatch, Sequence, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
-from fastcache.engine.compressor import Work, compress_layer, page_tables, to_device, window_rows
+from fastcache.engine.compressor import LayerCompressor
+from fastcache.engine.work import Work, page_tables, to_device, window_rows
 from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.pool import KVPool
 
@@ -62,6 +63,7 @@ class DeferredCompressor:
         layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
     ) -> None:
         self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
+        self.layers = LayerCompressor(method, pool, num_layers)
         self.stream = stream
         self._rows: Tensor | None = None
         self._layers: list[Tensor] = []
@@ -78,8 +80,8 @@ class DeferredCompressor:
             self._seen[step.chunks[row].seq] = _Seen(self._layers, place)
         return True
 
-    def layer(self, layer: int, q: Tensor) -> None:
-        """q: (T, H, d), the step's rotated queries."""
+    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """q: (T, H, d), the step's rotated queries; its keys and values are stored."""
         self._layers.append(q[self._rows])
 
     def finish(self) -> None:
@@ -114,7 +116,7 @@ class DeferredCompressor:
             queries = None
             if seen:
                 queries = torch.stack([each.layers[layer][each.row] for each in seen]).transpose(1, 2)
-            compress_layer(self.method, self.pool, layer, self.num_layers, work, queries)
+            self.layers.stored(layer, work, queries)
 
     def _work(self, job: CompressionJob) -> Work:
         lengths = [seq.kv_len for seq in job.seqs]

@@ -126,11 +126,14 @@ class Runner:
         ]
         self.backend.plan(batch)
 
+        stores = bool((batch.host.slots >= 0).any())
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.backend.store(layer, k, v, batch.slot_mapping)
+            if stores:
+                self.backend.store(layer, k, v, batch.slot_mapping)
             out = self.backend.run(layer, q, k, v)
             for each in watching:
-                each.layer(layer, q)
+                each.layer(layer, q, k, v)
             return out
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)

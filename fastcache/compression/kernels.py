@@ -1,0 +1,49 @@
+"""Who carries a compression out on a device: torch anywhere, Triton on CUDA. Same signatures, same kept sets.
+
+A method is its file; `importance` here holds faster versions of some methods' `importance`, by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastcache.compression import base
+from fastcache.compression.base import EvictionMethod, LayerKV
+
+Importance = Callable[[EvictionMethod, LayerKV], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """`select` as `base.select`; `repack` as `repack_triton.repack_packed`, None where there is only torch's."""
+
+    name: str
+    select: Callable[..., Tensor]
+    repack: Callable[..., None] | None = None
+    importance: Mapping[str, Importance] = field(default_factory=dict)
+
+    def score(self, method: EvictionMethod, kv: LayerKV) -> Tensor:
+        """As `method.score(kv)`."""
+        return method.score(kv, self.importance.get(method.name))
+
+
+TORCH = Kernels("torch", base.select)
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The fastest that this device and installation have."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return TORCH
+    from fastcache.compression import keydiff_triton, repack_triton, select_triton, window_triton
+
+    fast = {
+        "keydiff": keydiff_triton.keydiff,
+        "snapkv": window_triton.snapkv,
+        "tova": window_triton.tova,
+    }
+    return Kernels("triton", select_triton.select, repack_triton.repack_packed, fast)

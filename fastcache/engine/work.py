@@ -1,0 +1,94 @@
+"""What is compressed together: tables, lengths and budgets of n sequences on the device, sizes on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.core import HostBatch
+from fastcache.kvcache.head_layout import HeadLayout, upload_layouts
+from fastcache.kvcache.pages import SCRATCH_PAGE
+
+
+@dataclass(frozen=True)
+class Work:
+    """The n sequences that are compressed together. Tables on the device, sizes on the host."""
+
+    table: Tensor  # (n, pages) their full pages
+    fresh: Tensor  # (n, pages) where the kept entries go
+    lengths: Tensor  # (n,) int64
+    budgets: Tensor  # (n,) int64
+    window_rows: Tensor | None  # (n, w) int64: rows of q that hold the last w queries, inside a prefill
+    max_length: int
+    max_budget: int
+    layouts: Tensor | None = None  # (n, 3 x heads + 1) with head budgets, which come before `budgets`
+    longest: tuple[int, ...] = ()  # with head budgets, the largest of each layer
+
+    @classmethod
+    def of(
+        cls,
+        table: np.ndarray,
+        fresh: np.ndarray,
+        lengths: Many[int],
+        budgets: Many[int],
+        window: np.ndarray | None,
+        device: torch.device,
+        layouts: Many[HeadLayout | None],
+    ) -> Work:
+        numbers = [np.asarray(each, np.int64) for each in (lengths, budgets)]
+        tensors = [to_device(each, device) for each in (table, fresh, *numbers)]
+        rows = None if window is None else to_device(window, device)
+        packed, longest = None, ()
+        if layouts[0] is not None:
+            packed = upload_layouts(layouts, device)
+            longest = tuple(np.stack([each.kept for each in layouts]).max((0, 2)).tolist())
+        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed, longest)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def page_tables(pages: Many[Many[int]]) -> np.ndarray:
+    """(n, longest) int32, the scratch page where a sequence has fewer."""
+    table = np.full((len(pages), max(map(len, pages))), SCRATCH_PAGE, np.int32)
+    for row, numbers in enumerate(pages):
+        table[row, : len(numbers)] = numbers
+    return table
+
+
+def window_rows(host: HostBatch, rows: list[int], window: int) -> np.ndarray:
+    """(n, w) int64: where a step's packed queries hold the last `window` of each of `rows`."""
+    return host.cu_seqlens_q[1:][rows][:, None] + np.arange(-window, 0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where a step's packed entries hold n contexts that start and end in it."""
+
+    starts: Tensor  # (n,) int64: their first rows
+    first: int  # the first row of the first one
+    rows: Tensor | None  # (n, longest) int64; None where they are equally long and follow each other
+
+    @classmethod
+    def of(cls, starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Packed:
+        longest, rows = int(lengths.max()), None
+        if (lengths != longest).any() or (np.diff(starts) != longest).any():
+            within = np.minimum(np.arange(longest), lengths[:, None] - 1)
+            rows = to_device(starts[:, None] + within, device)
+        return cls(to_device(starts, device), int(starts[0]), rows)
+
+    def padded(self, x: Tensor, longest: int) -> Tensor:
+        """(T, heads, d) -> (n, heads, longest, d), a view where that is possible."""
+        if self.rows is not None:
+            return x[self.rows].transpose(1, 2)
+        n = len(self.starts)
+        return x[self.first : self.first + n * longest].unflatten(0, (n, longest)).transpose(1, 2)
+
+    def shaped(self, x: Tensor, longest: int) -> Tensor:
+        """What has the shape of `padded`, without its content."""
+        return x[:1].transpose(0, 1)[None].expand(len(self.starts), -1, longest, -1)

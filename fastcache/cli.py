@@ -19,6 +19,7 @@ from fastcache.errors import ConfigError, UnknownName, UserError
 COMMANDS = {
     "bench": ("fastcache.cli_bench", "measure a matrix of cells and write one JSON list of rows"),
     "cell": ("fastcache.cli_cell", "measure one cell described by a JSON file and write its row"),
+    "compare": ("fastcache.cli_compare", "compare two sets of rows and say which cells got slower"),
     "doctor": ("fastcache.device.doctor", "say what this machine can run, and what is missing"),
     "generate": ("fastcache.cli_generate", "continue prompts with a model, with or without compression"),
     "prove-greenctx": (

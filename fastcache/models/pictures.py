@@ -124,9 +124,8 @@ def _center_crop(array: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
             border = [(0, 0)] * array.ndim
             border[axis] = (ceil(missing / 2), missing // 2)
             array = np.pad(array, border)
-        start = (array.shape[axis] - size) // 2
-        array = array.take(range(start, start + size), axis=axis)
-    return array
+    top, left = ((array.shape[axis] - size) // 2 for axis, size in enumerate(crop))
+    return array[top : top + crop[0], left : left + crop[1]]
 
 
 def load_processor(model: str, vision: VisionConfig) -> PictureProcessor:

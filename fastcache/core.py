@@ -40,10 +40,11 @@ class Request:
     """One prompt and how to continue it. Immutable.
 
     `context_len` is how many leading prompt tokens form the context that compression may shrink (None: all
-    of them). Tokens after it, such as a question, are appended to the compressed cache uncompressed.
+    of them, 0: nothing). Tokens after it, such as a question, are appended to the compressed cache uncompressed.
     `images`: its pictures in the order of their spans; `prompt_token_ids` holds a placeholder for each of
     their tokens.
     `timeout_s`: after that many seconds from its arrival the request is ended with what it has (None: never).
+    `logprobs_from`: from this prompt position on, what the model says comes next is kept (None: nowhere).
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Request:
     context_len: int | None = None
     images: tuple[ImageInput, ...] = ()
     timeout_s: float | None = None
+    logprobs_from: int | None = None
 
     @property
     def image_spans(self) -> tuple[tuple[int, int], ...]:
@@ -86,9 +88,8 @@ class Sequence:
     compressed: bool = False
     leave_whole: bool = False  # decided: compressing it would not pay
     defer: bool = False  # decided: its compression is a step of its own
-    to_compress: int = (
-        0  # entries to keep of a stored context; decoding waits until the fresh pages are in place
-    )
+    # Entries to keep of a stored context; decoding waits until the fresh pages are in place.
+    to_compress: int = 0
     under_way: bool = False  # that compression has been launched
     held: list[int] = field(default_factory=list)  # old pages that stay until the request ends
     ready_s: float = 0.0  # since when it is ready for its next stage
@@ -99,6 +100,7 @@ class Sequence:
     pages_freed: int = 0
     # Of pictures whose span is partly computed: index of the picture -> (length, hidden_size).
     image_embeddings: dict[int, Tensor] = field(default_factory=dict)
+    logprobs: list[Tensor] = field(default_factory=list)  # per chunk: (rows, vocab) float32
     scheduled_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)
 
@@ -262,7 +264,11 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request. `finish_reason` is "stop" (end-of-sequence token), "length" (max_tokens) or "timeout"."""
+    """A finished request. `finish_reason` is "stop" (end-of-sequence token), "length" (max_tokens) or "timeout".
+
+    logprobs: (prompt tokens - logprobs_from, vocab) float32 on the device, row i for the token that follows prompt
+    position logprobs_from + i; None if not asked for.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -270,3 +276,4 @@ class RequestOutput:
     text: str
     finish_reason: str
     metrics: RequestMetrics
+    logprobs: Tensor | None = None

@@ -45,6 +45,8 @@ class Admission:
         limit = seq.num_tokens - 1
         if self.demand.kept(seq):
             limit = min(limit, seq.request.compress_at - self.demand.compression.tail)
+        if seq.request.logprobs_from is not None:
+            limit = min(limit, seq.request.logprobs_from)  # a row that is read has to be computed
         return self.prefix.match(seq.content, limit)
 
     def register(self, seq: Sequence) -> None:

@@ -44,7 +44,7 @@ class PageDemand:
 
     def kept(self, seq: Sequence) -> int:
         """Entries kept of a context that is still to be compressed, else 0."""
-        if self.compression is None or seq.compressed or seq.leave_whole:
+        if self.compression is None or seq.compressed or seq.leave_whole or not seq.request.compress_at:
             return 0
         return self.compression.kept(seq.request.compress_at)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping
-from collections.abc import Sequence as Many
 from typing import Any
 
 from fastcache.config import EngineConfig, SamplingParams, require
@@ -19,6 +17,7 @@ from fastcache.device.green_context import partition
 from fastcache.engine.build import Parts, build
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.jobs import Jobs
+from fastcache.engine.offline import Offline
 from fastcache.engine.outputs import request_output
 from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.runner import PendingTokens
@@ -27,7 +26,7 @@ from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, QueueFull, 
 from fastcache.stats import EngineLoad, EngineStats
 
 
-class LLM:
+class LLM(Offline):
     """A model, its KV pool and a scheduler, on one device.
 
     `LLM(model, **options)`: `model` is a local Hugging Face folder (or a preset's name with
@@ -59,14 +58,16 @@ class LLM:
         arrival_s: float | None = None,
         context_len: int | None = None,
         timeout_s: float | None = None,
+        logprobs_from: int | None = None,
     ) -> str:
         """Queue one prompt; returns its id. Errors: `PromptTooLong`, `OutOfPages`, `ConfigError`, `ImageError`,
         `QueueFull`.
 
         With pictures a prompt is {"prompt": text or ids, "images": [path, bytes or PIL image, ...]} and has an
         `<image>` for each. `context_len`: how many leading tokens compression may shrink (default: the whole
-        prompt), an `<image>` being one. `timeout_s`: seconds from its arrival after which it ends with what it
-        has (default: never).
+        prompt; 0: none), an `<image>` being one. `timeout_s`: seconds from its arrival after which it ends with
+        what it has (default: never). `logprobs_from`: the output has `logprobs` from this position of the
+        (expanded) prompt on.
         """
         arrival = time.perf_counter() if arrival_s is None else arrival_s
         read = self._reader.read(prompt, context_len)
@@ -75,7 +76,9 @@ class LLM:
         request_id = str(number) if request_id is None else request_id
         if request_id in self._live:
             raise ConfigError(f"request id {request_id!r} is in use; give each request its own.")
-        request = Request(request_id, read.tokens, params, arrival, read.context_len, read.images, timeout_s)
+        request = Request(
+            request_id, read.tokens, params, arrival, read.context_len, read.images, timeout_s, logprobs_from
+        )
         seq = Sequence(request)
         self._check(seq)
         self._live[request_id] = seq
@@ -98,8 +101,8 @@ class LLM:
                 f"positions, max_model_len is {limit}. Shorten the prompt, lower max_tokens or raise max_model_len."
             )
         require(
-            0 < request.compress_at <= seq.prompt_len,
-            f"context_len is {request.context_len}; allowed is 1 to the prompt's {seq.prompt_len} tokens.",
+            0 <= request.compress_at <= seq.prompt_len,
+            f"context_len is {request.context_len}; allowed is 0 to the prompt's {seq.prompt_len} tokens.",
         )
         demand, have = self._scheduler.demand, self._scheduler.allocator.num_pages - 1
         need = demand.peak(seq, request.sampling.max_tokens)
@@ -185,33 +188,6 @@ class LLM:
         self._runner.forget(seq)
         text = self.tokenizer.decode(seq.output_ids) if self.tokenizer is not None else ""
         return request_output(seq, text, now)
-
-    def generate(
-        self,
-        prompts: Prompt | Many[Prompt],
-        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
-    ) -> list[RequestOutput]:
-        """Run prompts (see `add_request`) to the end; outputs in the order of the prompts."""
-        if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        params = sampling_params
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        require(
-            len(params) == len(prompts),
-            f"{len(prompts)} prompts with {len(params)} sampling_params; give one for all, or one each.",
-        )
-        ids = []
-        try:
-            ids.extend(self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True))
-        except ValueError:
-            for request_id in ids:  # all or none: a rejected prompt must not leave its neighbours queued
-                self.cancel(request_id)
-            raise
-        done: dict[str, RequestOutput] = {}
-        while self.has_unfinished():
-            done.update((output.request_id, output) for output in self.step())
-        return [done[request_id] for request_id in ids]
 
     # -- partitions --------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastcache.core import RequestMetrics, RequestOutput, Sequence
 
 
@@ -26,5 +28,11 @@ def request_output(seq: Sequence, text: str, now_s: float) -> RequestOutput:
         image_tokens=sum(image.length for image in request.images),
     )
     return RequestOutput(
-        request.request_id, request.prompt_token_ids, seq.output_ids, text, seq.finish_reason, metrics
+        request.request_id,
+        request.prompt_token_ids,
+        seq.output_ids,
+        text,
+        seq.finish_reason,
+        metrics,
+        torch.cat(seq.logprobs) if seq.logprobs else None,
     )

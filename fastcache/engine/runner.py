@@ -140,7 +140,19 @@ class Runner:
         hidden = self.model(batch.input_ids, batch.positions, attend, embeddings)
         for each in watching:
             each.finish()
+        self._keep_logprobs(step, batch, hidden)
         return self.model.logits(hidden[batch.sample_rows])
+
+    def _keep_logprobs(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> None:
+        """What the model says comes after each prompt token, for requests that ask. hidden: (T, hidden_size)."""
+        for chunk, row in zip(step.chunks, batch.host.cu_seqlens_q[:-1].tolist(), strict=True):
+            wanted = chunk.seq.request.logprobs_from
+            if wanted is None:
+                continue
+            first, stop = max(wanted - chunk.start, 0), min(chunk.length, chunk.seq.prompt_len - chunk.start)
+            if first < stop:
+                logits = self.model.logits(hidden[row + first : row + stop])
+                chunk.seq.logprobs.append(logits.float().log_softmax(-1))
 
     def decode_logits(self, seats: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """The part of a decode step that a graph captures; `plan` has been called. Returns (B, vocab)."""

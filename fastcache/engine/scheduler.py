@@ -162,6 +162,7 @@ class Scheduler:
         self._release(seq)
         seq.num_computed = seq.kv_len = seq.to_compress = 0
         seq.compressed = seq.decoding = False
+        seq.logprobs.clear()
         seq.preemptions += 1
         self.stats.preemptions += 1
         self.waiting.appendleft(seq)

@@ -1,0 +1,1 @@
+"""Quality cells: what a compressed context still knows, measured through the engine beside its speed."""

@@ -30,6 +30,7 @@ COMMANDS = {
         "fastcache.device.shim",
         "build the library that lets an installed sgl_kernel load, if one is needed",
     ),
+    "train-compressor": ("fastcache.cli_train", "train the networks of method mlp for a model, on text"),
 }
 USER_MISTAKE, INTERRUPTED = 2, 128 + signal.SIGINT
 

@@ -72,3 +72,7 @@ class DeviceOutOfMemory(UserError):
 
 class QueueFull(UserError):
     """The engine has as many requests waiting as it was configured to hold; try again later."""
+
+
+class CheckpointError(UserError):
+    """A compressor's checkpoint is missing, unreadable, or made for another model or factor."""

@@ -9,7 +9,7 @@ import torch
 from fastcache.models.config import ModelConfig
 from fastcache.models.llama import Llama
 from fastcache.models.llava import Llava
-from fastcache.models.ops import select_ops
+from fastcache.models.ops import Ops, select_ops
 from fastcache.models.qwen3 import Qwen3
 from fastcache.models.weights import WeightsInfo, fill_dummy, load_checkpoint
 
@@ -24,13 +24,14 @@ def load_model(
     device: torch.device,
     max_positions: int,
     seed: int,
+    ops: Ops | None = None,
 ) -> tuple[Llama, WeightsInfo]:
-    """Build and fill the model. `max_positions` sizes the rotary table."""
+    """Build and fill the model. `max_positions` sizes the rotary table; `ops` None picks the fastest."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = MODELS[config.architecture](config, select_ops(device), max_positions, device)
+            model = MODELS[config.architecture](config, ops or select_ops(device), max_positions, device)
     finally:
         torch.set_default_dtype(default)
     if load_format == "dummy":

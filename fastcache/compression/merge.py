@@ -1,0 +1,192 @@
+"""Merging k neighbouring KV entries into one by a small network: the arithmetic, differentiable, any device.
+
+Keys are merged unrotated: each is turned back by its own position, the group is merged, and the result is turned
+to the position of the group's last entry. A rotated key depends on its position, and a network would have to
+learn every position anew. `MergeLayout.unrotated` False merges keys as they are stored, for networks trained so.
+
+Sizes: B sequences, Hk KV heads, T stored entries, G groups, k entries per group, d the head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcache.compression.base import whole_number
+from fastcache.config import StrictConfig, one_of
+
+BASES = ("none", "mean")
+KINDS = ("t", "i")  # text, image
+# weight and bias of three linear layers: (h, k d), (h,), (h, h), (h,), (d, h), (d,)
+Net = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Spans = Sequence[tuple[int, int]]  # (start, length) of each image, ascending
+
+
+@dataclass(frozen=True)
+class MergeLayout(StrictConfig):
+    """Which entries are merged, and what the networks were trained to do with them.
+
+    factor: entries per group. n_sink, recent: first and last entries that are never merged.
+    unrotated: keys are merged without their rotation. base: what is added to a network's output, "mean" of the
+        group or "none".
+    """
+
+    factor: int
+    n_sink: int = 0
+    recent: int = 0
+    unrotated: bool = False
+    base: str = "none"
+
+    def __post_init__(self) -> None:
+        whole_number("factor", self.factor, minimum=2)
+        whole_number("n_sink", self.n_sink, minimum=0)
+        whole_number("recent", self.recent, minimum=0)
+        one_of("base", self.base, BASES)
+
+    def segments(self, length: int, spans: Spans) -> list[tuple[int, int, bool]]:
+        """(first, end, is_image) of the runs within which groups are formed, in order."""
+        low, high = self.n_sink, length - self.recent
+        runs, at = [], low
+        for start, count in spans:
+            first, end = max(start, low), min(start + count, high)
+            if first < end:
+                runs += [(at, first, False), (first, end, True)]
+                at = end
+        runs.append((at, high, False))
+        return [run for run in runs if run[0] < run[1]]
+
+    def kept(self, length: int, spans: Spans = ()) -> int:
+        """Entries left of `length`: groups, and what fills no group. 0 if there is nothing to merge."""
+        groups = sum((end - first) // self.factor for first, end, _ in self.segments(length, spans))
+        return length - groups * (self.factor - 1) if groups else 0
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Where everything comes from, on the device; the same for all layers and heads.
+
+    rows: per kind of span ("t" text, "i" image) the entries of each group, (B, G, k) int64; kinds without a group
+    are absent. source: (B, K) int64, for each kept entry the stored one to copy, or T + g for group g of the text
+    groups followed by the image groups. `merged` marks the latter. lengths: kept entries per sequence.
+    """
+
+    rows: Mapping[str, Tensor]
+    source: Tensor
+    merged: Tensor
+    lengths: tuple[int, ...]
+
+
+def make_plan(
+    lengths: Sequence[int], image_spans: Sequence[Spans], layout: MergeLayout, device: torch.device
+) -> MergePlan:
+    """A plan for B sequences. A sequence with nothing to merge keeps all its entries."""
+    parts = [_one(length, spans, layout) for length, spans in zip(lengths, image_spans, strict=True)]
+    first = {kind: _pad([starts[kind] for starts, _, _ in parts]) for kind in KINDS}
+    flags = _pad([flag for _, flag, _ in parts])
+    # Merged entries are numbered text first, then images, each padded to the widest sequence.
+    source = _pad([index for _, _, index in parts]) + np.where(flags == 2, first["t"].shape[1], 0)
+
+    def to(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    rows = {
+        kind: to(starts[:, :, None] + np.arange(layout.factor))
+        for kind, starts in first.items()
+        if starts.shape[1]
+    }
+    return MergePlan(rows, to(source), to(flags > 0), tuple(len(flag) for _, flag, _ in parts))
+
+
+def _one(
+    length: int, spans: Spans, layout: MergeLayout
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """One sequence: where its groups start, and per kept entry what it is (0 stored, 1 text, 2 image) and which."""
+    k, at = layout.factor, 0
+    starts: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    flags, index, count = [], [], dict.fromkeys(KINDS, 0)
+
+    def add(flag: int, entries: np.ndarray) -> None:
+        flags.append(np.full(len(entries), flag, np.int64))
+        index.append(entries)
+
+    for first, end, is_image in layout.segments(length, spans):
+        kind, groups = KINDS[is_image], (end - first) // k
+        add(0, np.arange(at, first))
+        add(1 + is_image, np.arange(count[kind], count[kind] + groups))
+        starts[kind].append(first + k * np.arange(groups))
+        count[kind] += groups
+        at = first + k * groups
+    add(0, np.arange(at, length))
+    whole = {kind: np.concatenate([np.zeros(0, np.int64), *own]) for kind, own in starts.items()}
+    return whole, np.concatenate(flags), np.concatenate(index)
+
+
+def _pad(rows: list[np.ndarray]) -> np.ndarray:
+    out = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for row, values in enumerate(rows):
+        out[row, : len(values)] = values
+    return out
+
+
+def merge_layer(
+    keys: Tensor,
+    values: Tensor,
+    plan: MergePlan,
+    nets: Mapping[str, Net],
+    layout: MergeLayout,
+    cos_sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One layer's cache, merged. keys, values: (B, Hk, T, d); nets by "tk", "tv", "ik", "iv".
+
+    Returns keys and values (B, Hk, K, d) in the cache's dtype. The networks run in their own dtype.
+    """
+    new_keys, new_values = [], []
+    for kind, rows in plan.rows.items():
+        group_keys = _rows(keys, rows)
+        if layout.unrotated:
+            group_keys = rotate(group_keys, cos_sin[rows][:, None], -1.0)
+        group_keys = run_net(nets[kind + "k"], group_keys, layout.base)
+        if layout.unrotated:
+            group_keys = rotate(group_keys, cos_sin[rows[..., -1]][:, None], 1.0)
+        new_keys.append(group_keys)
+        new_values.append(run_net(nets[kind + "v"], _rows(values, rows), layout.base))
+    return _assemble(keys, new_keys, plan), _assemble(values, new_values, plan)
+
+
+def run_net(net: Net, group: Tensor, base: str) -> Tensor:
+    """(..., k, d) of any dtype -> (..., d) in the network's: linear, ReLU, linear, ReLU, linear, plus the base."""
+    group = group.to(net[0].dtype)
+    hidden = F.relu(F.linear(group.flatten(-2), net[0], net[1]))
+    hidden = F.relu(F.linear(hidden, net[2], net[3]))
+    out = F.linear(hidden, net[4], net[5])
+    return out + group.mean(-2) if base == "mean" else out
+
+
+def rotate(x: Tensor, cos_sin: Tensor, direction: float) -> Tensor:
+    """Turn (..., d) by the angles of (..., 2, d / 2), halves paired as in GPT-NeoX; -1.0 turns back. float32."""
+    cos, sin = cos_sin.unbind(-2)
+    first, second = x.float().chunk(2, dim=-1)
+    sin = sin * direction
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _rows(cache: Tensor, rows: Tensor) -> Tensor:
+    """(B, Hk, T, d) and (B, G, k) -> (B, Hk, G, k, d)."""
+    index = rows.flatten(1)[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    return cache.gather(2, index).unflatten(2, rows.shape[1:])
+
+
+def _assemble(cache: Tensor, groups: list[Tensor], plan: MergePlan) -> Tensor:
+    """Stored and merged entries in their order: (B, Hk, K, d)."""
+    merged = plan.merged[:, None, :, None]
+    source = plan.source[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    stored = cache.gather(2, source.masked_fill(merged, 0))
+    if not groups:
+        return stored
+    new = (groups[0] if len(groups) == 1 else torch.cat(groups, dim=2)).to(cache.dtype)
+    return torch.where(merged, new.gather(2, source.masked_fill(~merged, 0)), stored)

@@ -1,0 +1,161 @@
+"""Files of the merging networks: read and checked, written in one piece.
+
+Layout: `compress_{tk,tv,ik,iv}.{layer}.{0,3,6}.{weight,bias}` for text and image keys and values; 0, 3 and 6 are
+the linear layers of a Sequential with ReLU and dropout between them. Safetensors files carry their `MergeLayout`
+and training record as JSON under the metadata key `fastcache`. A `.pth` of the original has neither; it may nest
+the tensors under `model_state_dict` and `compressor`, and holds `attention.*` tensors that nothing uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastcache.compression.merge import MergeLayout, Net
+from fastcache.errors import CheckpointError
+
+METADATA = "fastcache"
+LINEAR = (0, 3, 6)
+_NAME = re.compile(r"compress_(tk|tv|ik|iv)\.(\d+)\.(0|3|6)\.(weight|bias)")
+_UNUSED = re.compile(r"attention\.\d+\.(weight|bias)")
+
+
+def tensor_name(kind: str, layer: int, linear: int, part: str) -> str:
+    return f"compress_{kind}.{layer}.{linear}.{part}"
+
+
+@dataclass(frozen=True)
+class MergeCheckpoint:
+    """Tensors by name, on the CPU, as the file holds them; `unused` are names that were skipped."""
+
+    path: str
+    tensors: Mapping[str, Tensor]
+    layout: MergeLayout | None  # None: the file does not say, as the original's do not
+    record: Mapping[str, Any]
+    unused: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(sorted({name.split(".")[0].removeprefix("compress_") for name in self.tensors}))
+
+    def nets(self, layer: int, dtype: torch.dtype, device: torch.device) -> dict[str, Net]:
+        """The networks of one layer by kind."""
+        return {
+            kind: tuple(
+                self.tensors[tensor_name(kind, layer, linear, part)].to(device, dtype)
+                for linear in LINEAR
+                for part in ("weight", "bias")
+            )
+            for kind in self.kinds
+        }
+
+
+def read_checkpoint(path: str) -> MergeCheckpoint:
+    """Errors: `CheckpointError` for a file that is missing, unreadable or holds tensors of another kind."""
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(
+            f"compressor checkpoint {path!r} does not exist. Give a .safetensors or .pth file; "
+            "`fastcache train-compressor` makes one for a model."
+        )
+    tensors, metadata = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
+    unused = tuple(sorted(name for name in tensors if _UNUSED.fullmatch(name)))
+    strange = sorted(name for name in tensors if not _NAME.fullmatch(name) and name not in unused)
+    if strange or len(unused) == len(tensors):
+        raise CheckpointError(
+            f"{path} is no checkpoint of a merging compressor: it holds {strange[0] if strange else 'no tensors'!r}, "
+            "and the names are compress_{tk,tv,ik,iv}.{layer}.{0,3,6}.{weight,bias}."
+        )
+    layout = metadata.get("layout")
+    return MergeCheckpoint(
+        path,
+        {name: tensor for name, tensor in tensors.items() if name not in unused},
+        MergeLayout.from_dict(layout) if layout is not None else None,
+        metadata.get("record", {}),
+        unused,
+    )
+
+
+def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{file} is not a readable safetensors file ({error}); copy it again."
+        ) from None
+    return tensors, metadata
+
+
+def _pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as a torch checkpoint of plain tensors ({str(error).splitlines()[0]}). A file "
+            "that runs code when it is opened is refused; save its state dict as .safetensors."
+        ) from None
+    for key in ("model_state_dict", "compressor"):
+        if isinstance(content, Mapping) and key in content:
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise CheckpointError(f"{file} holds no state dict of tensors, alone or under model_state_dict.")
+    return dict(content), {}
+
+
+def check_shapes(checkpoint: MergeCheckpoint, num_layers: int, head_dim: int, factor: int) -> None:
+    """Errors: `CheckpointError` naming the first tensor that is missing or has another shape."""
+    for kind in {"tk", "tv", *checkpoint.kinds}:
+        for layer in range(num_layers):
+            width = _tensor(checkpoint, kind, layer, 0, "bias", num_layers).shape[0]
+            sizes = {0: (width, factor * head_dim), 3: (width, width), 6: (head_dim, width)}
+            for linear, size in sizes.items():
+                for part, shape in (("weight", size), ("bias", size[:1])):
+                    tensor = _tensor(checkpoint, kind, layer, linear, part, num_layers)
+                    if tuple(tensor.shape) != shape:
+                        raise CheckpointError(
+                            f"{checkpoint.path}: {tensor_name(kind, layer, linear, part)} has shape "
+                            f"{tuple(tensor.shape)}; factor {factor} and head size {head_dim} need {shape}."
+                        )
+    if ("ik" in checkpoint.kinds) != ("iv" in checkpoint.kinds):
+        raise CheckpointError(f"{checkpoint.path} has networks for image keys or values alone; both belong.")
+    layers = {int(name.split(".")[1]) for name in checkpoint.tensors}
+    if max(layers) >= num_layers:
+        raise CheckpointError(
+            f"{checkpoint.path} is for a model of {max(layers) + 1} layers, this one has {num_layers}."
+        )
+
+
+def _tensor(
+    checkpoint: MergeCheckpoint, kind: str, layer: int, linear: int, part: str, num_layers: int
+) -> Tensor:
+    name = tensor_name(kind, layer, linear, part)
+    if name not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.path} has no {name}; a model of {num_layers} layers needs it. Was it trained for another "
+            "model?"
+        )
+    return checkpoint.tensors[name]
+
+
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], layout: MergeLayout, record: Mapping[str, Any]
+) -> None:
+    """Safetensors with layout and record inside; appears complete or not at all."""
+    metadata = {METADATA: json.dumps({"layout": layout.to_dict(), "record": record}, sort_keys=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), metadata)
+    os.replace(partial, path)

@@ -1,0 +1,101 @@
+"""MLP: k neighbouring entries become one, by trained networks; FastCache's own compressor."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fastcache.compression.base import LayerKV
+from fastcache.compression.merge import MergeLayout, MergePlan, make_plan, merge_layer
+from fastcache.compression.merge_checkpoint import MergeCheckpoint, check_shapes, read_checkpoint
+from fastcache.compression.transform import BoundTransform, ModelFit, Spans, TransformMethod
+from fastcache.config import require
+from fastcache.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(TransformMethod):
+    """Each run of k = factor text entries, or of k image entries, becomes one; what fills no group stays.
+
+    Zhu et al., "FastCache: Optimizing Multimodal LLM Serving through Lightweight KV-Cache Compression Framework",
+    arXiv:2503.08461. Separate networks for keys and values of text and images, in every layer, shared by its heads.
+
+    checkpoint: a file of `fastcache train-compressor`, or a `.pth` in the original's layout. The file says which
+        first and last entries are never merged and how keys are turned (`merge.MergeLayout`); the original's says
+        nothing, and is read as its code was: all entries, keys as stored. There is no default and there are no
+        random weights. A merged key stands at the position of its group's last entry.
+    """
+
+    name: ClassVar[str] = "mlp"
+
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.checkpoint, str) and self.checkpoint != "",
+            f"checkpoint is {self.checkpoint!r}; method 'mlp' needs the path of a compressor checkpoint "
+            "(`fastcache train-compressor` makes one).",
+        )
+
+    def bind(self, fit: ModelFit) -> BoundMLP:
+        checkpoint = read_checkpoint(str(self.checkpoint))
+        factor = round(1 / (1 - fit.compression_ratio))
+        if abs(factor * (1 - fit.compression_ratio) - 1) > 1e-6:
+            raise ConfigError(
+                f"compression_ratio is {fit.compression_ratio:g}; method 'mlp' merges whole groups, so allowed is "
+                "1 - 1/k for a whole k (compression_factor 5 is ratio 0.8)."
+            )
+        layout = checkpoint.layout or MergeLayout(factor)
+        if layout.factor != factor:
+            raise CheckpointError(
+                f"{checkpoint.path} merges groups of {layout.factor}; compression_factor is {factor}. Set it to "
+                f"{layout.factor}, or train for {factor}."
+            )
+        check_shapes(checkpoint, fit.num_layers, fit.head_dim, factor)
+        if fit.images and "ik" not in checkpoint.kinds:
+            raise CheckpointError(
+                f"{checkpoint.path} has no networks for images (ik, iv), and the model takes them."
+            )
+        if checkpoint.unused:
+            log.info(
+                "%s: %d tensors (%s, ...) are unused",
+                checkpoint.path,
+                len(checkpoint.unused),
+                checkpoint.unused[0],
+            )
+        return BoundMLP(checkpoint, layout, fit)
+
+
+class BoundMLP(BoundTransform):
+    """The networks of one model on its device, in its dtype."""
+
+    def __init__(self, checkpoint: MergeCheckpoint, layout: MergeLayout, fit: ModelFit) -> None:
+        self.layout, self._fit = layout, fit
+        self._nets = [checkpoint.nets(layer, fit.dtype, fit.device) for layer in range(fit.num_layers)]
+        self._checkpoint = checkpoint
+
+    def kept(self, num_tokens: int, image_spans: Spans = ()) -> int:
+        return self.layout.kept(num_tokens, image_spans)
+
+    def plan(self, lengths: Sequence[int], image_spans: Sequence[Spans]) -> MergePlan:
+        return make_plan(lengths, image_spans, self.layout, self._fit.device)
+
+    def transform(self, kv: LayerKV, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        return merge_layer(kv.keys, kv.values, plan, self._nets[kv.layer], self.layout, self._fit.cos_sin)
+
+    def describe(self) -> dict[str, Any]:
+        """Which file this is, for a row."""
+        digest = hashlib.sha256(Path(self._checkpoint.path).read_bytes()).hexdigest()
+        return {
+            "checkpoint_sha256": digest,
+            "layout": self.layout.to_dict(),
+            "unused": len(self._checkpoint.unused),
+        }

@@ -1,0 +1,62 @@
+"""The contract of a transform: a method that writes new KV entries instead of choosing among the old ones.
+
+A method's dataclass holds its parameters; `bind` fits it to one model, where a checkpoint is read and checked.
+The engine then asks three things of the bound transform: how many entries a context shrinks to (`kept`), a `plan`
+of one step's sequences, made on the host once for all layers, and `transform`, once per layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastcache.compression.base import LayerKV
+
+Spans = Sequence[tuple[int, int]]  # (start, length) of each image of a sequence, ascending
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """What a transform is fitted to. `cos_sin`: (max_positions, 2, d / 2) float32, the model's rotary table."""
+
+    num_layers: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    cos_sin: Tensor
+    compression_ratio: float
+    images: bool = False  # the model takes images
+
+
+class BoundTransform(ABC):
+    """A transform with its weights on the device of one engine."""
+
+    @abstractmethod
+    def kept(self, num_tokens: int, image_spans: Spans = ()) -> int:
+        """Entries per KV head that a context of `num_tokens` becomes; 0 if the method does not apply to it."""
+
+    @abstractmethod
+    def plan(self, lengths: Sequence[int], image_spans: Sequence[Spans]) -> Any:
+        """What `transform` needs to know of B sequences of these lengths, on the device."""
+
+    @abstractmethod
+    def transform(self, kv: LayerKV, plan: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hk, K, d), left-aligned, K the largest `kept`; any content behind a sequence's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformMethod(ABC):
+    """Parameters of a transform. `window` is as in `EvictionMethod`: last queries that must share a chunk."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+    window: ClassVar[int] = 0
+
+    @abstractmethod
+    def bind(self, fit: ModelFit) -> BoundTransform:
+        """Errors: `CheckpointError`, `ConfigError` where the method and the model do not go together."""

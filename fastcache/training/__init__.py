@@ -1,0 +1,1 @@
+"""Training of compressors on a frozen model: text, distillation, the loop, and what came of it."""

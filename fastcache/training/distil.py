@@ -1,0 +1,48 @@
+"""The loss of a merging compressor: what the model says over the merged cache against the full one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcache.compression.merge import make_plan, merge_layer
+from fastcache.training.frozen import Cache, FrozenModel
+from fastcache.training.networks import MergeNetworks
+
+
+def merged_caches(frozen: FrozenModel, networks: MergeNetworks, caches: list[Cache]) -> list[Cache]:
+    """Each layer's cache with its groups merged, differentiable in the networks' parameters."""
+    keys = caches[0][0]
+    plan = make_plan([keys.shape[2]] * len(keys), [()] * len(keys), networks.layout, keys.device)
+    cos_sin = frozen.model.cos_sin
+    return [
+        merge_layer(k, v, plan, networks.fold(layer), networks.layout, cos_sin)
+        for layer, (k, v) in enumerate(caches)
+    ]
+
+
+def distillation_loss(
+    frozen: FrozenModel, networks: MergeNetworks, ids: Tensor, context: int, hidden_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Self-supervised: KL(full cache || merged cache) of the next token, and how far hidden states moved.
+
+    ids: (B, N + C) windows of text, N = `context`. The hidden term is the squared distance relative to the
+    squared norm, averaged over continuation tokens and layers. Returns the loss and its parts, detached.
+    """
+    teacher = frozen.teacher(ids, context)
+    caches = merged_caches(frozen, networks, teacher.caches)
+    hidden, logits = frozen.student(ids[:, context:], context, caches)
+    kl = F.kl_div(
+        logits.float().log_softmax(-1),
+        teacher.logits.float().log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    moved = torch.stack(
+        [
+            ((ours.float() - theirs.float()).square().sum(-1) / theirs.float().square().sum(-1)).mean()
+            for ours, theirs in zip(hidden, teacher.hidden, strict=True)
+        ]
+    ).mean()
+    return kl + hidden_weight * moved, {"kl": kl.detach(), "hidden": moved.detach()}

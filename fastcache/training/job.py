@@ -1,0 +1,137 @@
+"""One training job: model and text in, trained, judged, written with its record."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcache.compression.merge import make_plan, merge_layer
+from fastcache.compression.merge_checkpoint import MergeCheckpoint, read_checkpoint, write_checkpoint
+from fastcache.compression.registry import create
+from fastcache.config import CompressionConfig
+from fastcache.engine.build import resolve_device
+from fastcache.errors import ConfigError, DatasetError
+from fastcache.models.config import load_model_config
+from fastcache.models.loader import load_model
+from fastcache.models.ops import Ops
+from fastcache.tokenizer import load_tokenizer
+from fastcache.training.frozen import Cache, FrozenModel, Teacher
+from fastcache.training.judge import Compress, continuation_quality, eviction
+from fastcache.training.text import Corpus, even_windows, read_corpus, require_length
+from fastcache.training.trainer import TrainConfig, Trainer
+
+log = logging.getLogger(__name__)
+
+SAVED_DTYPE = torch.bfloat16
+RIVALS = ("streaming_llm", "random", "knorm", "keydiff", "snapkv")  # none needs training
+QUERY_WINDOW = 64
+
+
+class Job:
+    """Errors: `ModelFolderError`, `DatasetError`, `ConfigError`, `CheckpointError`."""
+
+    def __init__(
+        self,
+        model: str,
+        text: Sequence[Path],
+        heldout: Path | None,
+        output: Path,
+        config: TrainConfig,
+        device: str,
+        dtype: str | None,
+    ) -> None:
+        if output.suffix != ".safetensors":
+            raise ConfigError(f"output is {str(output)!r}; allowed is a name that ends in .safetensors.")
+        self.output, self.config = output, config
+        self.state_file = output.with_suffix(".state")
+        self.device = resolve_device(device)
+        name = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.model_path, self.dtype = model, getattr(torch, name)
+        shape = load_model_config(model, "auto")
+        weights, self.weights = load_model(
+            shape, model, "auto", self.dtype, self.device, shape.max_position_embeddings, 0, ops=Ops()
+        )
+        self.frozen = FrozenModel(weights)
+        tokenizer = load_tokenizer(model, required=True)
+        separator = min(shape.eos_token_ids, default=0)
+
+        def corpus(path: Path) -> Corpus:
+            return read_corpus(path, lambda t: tokenizer.encode(t, add_special_tokens=False), separator)
+
+        self.corpora = [corpus(path) for path in text]
+        self.heldout = corpus(heldout) if heldout is not None else None
+        for one in self.corpora:
+            require_length(one, config.context + config.continuation)
+        if self.heldout is not None and self.heldout.sha256 in {one.sha256 for one in self.corpora}:
+            raise DatasetError(f"{heldout} is also trained on; give held-out text of other documents.")
+
+    def run(
+        self, contexts: Sequence[int], windows: int, stop_after_s: float | None = None
+    ) -> dict[str, Any] | None:
+        """Train, judge and write; returns the record, or None if the time was up before the last step."""
+        torch.backends.cuda.matmul.allow_tf32 = True
+        trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
+        log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
+        if not trainer.run(stop_after_s=stop_after_s):
+            return None
+        record = trainer.record() | {
+            "model": self.weights.to_dict() | {"source": Path(self.model_path).name},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "commit": _commit(),
+        }
+        tensors = trainer.networks.export(SAVED_DTYPE)
+        write_checkpoint(self.output, tensors, self.config.layout, record)
+        if self.heldout is not None:
+            record["heldout"] = {
+                "text": {self.heldout.name: self.heldout.sha256},
+                "contexts": {str(n): self.judge(n, windows) for n in contexts},
+            }
+            write_checkpoint(self.output, tensors, self.config.layout, record)
+        self.state_file.unlink(missing_ok=True)
+        return record
+
+    def judge(self, context: int, windows: int) -> dict[str, Any]:
+        """The written file against methods that need no training, with equally many entries."""
+        assert self.heldout is not None
+        checkpoint = read_checkpoint(str(self.output))
+        ids = even_windows(self.heldout, context + self.config.continuation, windows).to(self.device)
+        kept = self.config.layout.kept(context)
+        methods: dict[str, Compress] = {"mlp": self._merge(checkpoint)}
+        for name in RIVALS:
+            method = create(CompressionConfig(name))
+            if method.applies_to(context, kept):
+                methods[name] = eviction(method, kept)
+        quality = continuation_quality(
+            self.frozen, ids, context, methods, self.config.batch_size, min(QUERY_WINDOW, context)
+        )
+        for name, numbers in quality.items():
+            log.info("context %d  %-14s %s", context, name, numbers)
+        return quality
+
+    def _merge(self, checkpoint: MergeCheckpoint) -> Compress:
+        model, layout = self.frozen.model, self.config.layout
+        nets = [checkpoint.nets(i, self.dtype, self.device) for i in range(model.config.num_layers)]
+
+        def compress(teacher: Teacher) -> list[Cache]:
+            def one(layer: int, keys: Tensor, values: Tensor) -> Cache:
+                return merge_layer(keys, values, plan, nets[layer], layout, model.cos_sin)
+
+            keys = teacher.caches[0][0]
+            plan = make_plan([keys.shape[2]] * len(keys), [()] * len(keys), layout, self.device)
+            return [one(layer, *cache) for layer, cache in enumerate(teacher.caches)]
+
+        return compress
+
+
+def _commit() -> str | None:
+    """The commit of the working tree this runs in, if it is one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None

@@ -69,15 +69,18 @@ STOPPED = 3
 
 
 def run(args: argparse.Namespace) -> int:
+    import fastcache.training as training
+    from fastcache.bench.provenance import git_commit, source_digest
     from fastcache.training.job import Job
     from fastcache.training.trainer import TrainConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = TrainConfig(factor=args.factor, **{name: getattr(args, name) for name in SETTINGS})
-    job = Job(args.model, args.text, args.heldout, args.output, config, args.device, args.dtype)
+    source = {"commit": git_commit(), "training_source": source_digest(Path(training.__file__).parent)}
+    job = Job(args.model, args.text, args.heldout, args.output, config, args.device, args.dtype, source)
     result: dict[str, Any] | None = job.run(args.judge_contexts, args.judge_windows, args.stop_after)
     if result is None:
-        print(f"stopped early; start again to go on from {job.state_file}", file=sys.stderr)
+        sys.stderr.write(f"stopped early; start again to go on from {job.state_file}\n")
         return STOPPED
-    print(json.dumps(result, indent=1))
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0

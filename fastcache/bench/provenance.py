@@ -26,6 +26,7 @@ UNMEASURED = (
     "device/doctor*.py",
     "models/fetch.py",
     "models/gguf*.py",
+    "training/*.py",
 )
 
 

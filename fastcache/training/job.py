@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ QUERY_WINDOW = 64
 
 
 class Job:
-    """Errors: `ModelFolderError`, `DatasetError`, `ConfigError`, `CheckpointError`."""
+    """`source`: which code this is, for the record. Errors: `ModelFolderError`, `DatasetError`, `ConfigError`,
+    `CheckpointError`.
+    """
 
     def __init__(
         self,
@@ -45,10 +46,11 @@ class Job:
         config: TrainConfig,
         device: str,
         dtype: str | None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         if output.suffix != ".safetensors":
             raise ConfigError(f"output is {str(output)!r}; allowed is a name that ends in .safetensors.")
-        self.output, self.config = output, config
+        self.output, self.config, self.source = output, config, dict(source or {})
         self.state_file = output.with_suffix(".state")
         self.device = resolve_device(device)
         name = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
@@ -80,11 +82,14 @@ class Job:
         log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
         if not trainer.run(stop_after_s=stop_after_s):
             return None
-        record = trainer.record() | {
-            "model": self.weights.to_dict() | {"source": Path(self.model_path).name},
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "commit": _commit(),
-        }
+        record = (
+            trainer.record()
+            | self.source
+            | {
+                "model": self.weights.to_dict() | {"source": Path(self.model_path).name},
+                "dtype": str(self.dtype).removeprefix("torch."),
+            }
+        )
         tensors = trainer.networks.export(SAVED_DTYPE)
         write_checkpoint(self.output, tensors, self.config.layout, record)
         if self.heldout is not None:
@@ -127,11 +132,3 @@ class Job:
             return [one(layer, *cache) for layer, cache in enumerate(teacher.caches)]
 
         return compress
-
-
-def _commit() -> str | None:
-    """The commit of the working tree this runs in, if it is one."""
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None

@@ -41,8 +41,7 @@ class Request:
 
     `context_len` is how many leading prompt tokens form the context that compression may shrink (None: all
     of them, 0: nothing). Tokens after it, such as a question, are appended to the compressed cache uncompressed.
-    `images`: its pictures in the order of their spans; `prompt_token_ids` holds a placeholder for each of
-    their tokens.
+    `images`: its pictures in the order of their spans; each of their tokens is a placeholder in the prompt.
     `timeout_s`: after that many seconds from its arrival the request is ended with what it has (None: never).
     `logprobs_from`: from this prompt position on, what the model says comes next is kept (None: nowhere).
     """
@@ -88,8 +87,7 @@ class Sequence:
     compressed: bool = False
     leave_whole: bool = False  # decided: compressing it would not pay
     defer: bool = False  # decided: its compression is a step of its own
-    # Entries to keep of a stored context; decoding waits until the fresh pages are in place.
-    to_compress: int = 0
+    to_compress: int = 0  # entries to keep of a stored context; decoding waits until that is done
     under_way: bool = False  # that compression has been launched
     held: list[int] = field(default_factory=list)  # old pages that stay until the request ends
     ready_s: float = 0.0  # since when it is ready for its next stage
@@ -98,8 +96,9 @@ class Sequence:
     kv_len_before: int | None = None
     kv_len_after: int | None = None
     pages_freed: int = 0
-    # Of pictures whose span is partly computed: index of the picture -> (length, hidden_size).
-    image_embeddings: dict[int, Tensor] = field(default_factory=dict)
+    image_embeddings: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # of pictures begun: (length, hidden_size)
     logprobs: list[Tensor] = field(default_factory=list)  # per chunk: (rows, vocab) float32
     scheduled_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)
@@ -266,8 +265,7 @@ class RequestMetrics:
 class RequestOutput:
     """A finished request. `finish_reason` is "stop" (end-of-sequence token), "length" (max_tokens) or "timeout".
 
-    logprobs: (prompt tokens - logprobs_from, vocab) float32 on the device, row i for the token that follows prompt
-    position logprobs_from + i; None if not asked for.
+    logprobs: (prompt tokens - logprobs_from, vocab) float32, row i for what follows position logprobs_from + i.
     """
 
     request_id: str

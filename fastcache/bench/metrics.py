@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastcache.core import RequestMetrics, RequestOutput
+from fastcache.results import RequestMetrics, RequestOutput
 from fastcache.stats import EngineStats
 
 SAMPLE_REQUESTS, SAMPLE_TOKENS = 16, 64

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastcache.core import RequestMetrics
 from fastcache.device.ceilings import Ceilings
+from fastcache.results import RequestMetrics
 from fastcache.stats import EngineStats
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

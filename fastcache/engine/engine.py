@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from fastcache.config import EngineConfig, SamplingParams, require
-from fastcache.core import Request, RequestOutput, Sequence, Step
+from fastcache.core import Request, Sequence, Step
 from fastcache.device.green_context import partition
 from fastcache.engine.build import Parts, build
 from fastcache.engine.compress_stage import CompressionJob
@@ -23,6 +23,7 @@ from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
 from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, QueueFull, UnsupportedCombination
+from fastcache.results import RequestOutput
 from fastcache.stats import EngineLoad, EngineStats
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 from fastcache.config import SamplingParams, require
-from fastcache.core import RequestOutput
 from fastcache.engine.prompts import Prompt
+from fastcache.results import RequestOutput
 
 
 class Offline:

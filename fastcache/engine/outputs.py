@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastcache.core import RequestMetrics, RequestOutput, Sequence
+from fastcache.core import Sequence
+from fastcache.results import RequestMetrics, RequestOutput
 
 
 def request_output(seq: Sequence, text: str, now_s: float) -> RequestOutput:

@@ -25,10 +25,10 @@ from fastcache.bench.row import blank_row
 from fastcache.bench.supervise import PARENT_VARIABLE, STARTED_VARIABLE, how_it_died, run_cell
 from fastcache.bench.work import step_bytes
 from fastcache.config import EngineConfig
-from fastcache.core import RequestMetrics, RequestOutput
 from fastcache.device.ceilings import Ceilings
 from fastcache.device.info import OtherLoad
 from fastcache.errors import DeviceOutOfMemory, OutOfPages, UnsupportedArchitecture, UnsupportedCombination
+from fastcache.results import RequestMetrics, RequestOutput
 from fastcache.stats import EngineStats
 
 VALIDATOR = Draft202012Validator(yaml.safe_load((ROOT / "workflow/schemas/row.schema.yaml").read_text()))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcache.bench.metrics import Round, percentile, spread, summarise
-from fastcache.core import RequestMetrics, RequestOutput
+from fastcache.results import RequestMetrics, RequestOutput
 from fastcache.stats import EngineStats
 
 

@@ -18,6 +18,7 @@ from fastcache.errors import ConfigError, UnknownName, UserError
 
 COMMANDS = {
     "bench": ("fastcache.cli_bench", "measure a matrix of cells and write one JSON list of rows"),
+    "calibrate": ("fastcache.cli_calibrate", "find out how much each KV head of a model must keep"),
     "cell": ("fastcache.cli_cell", "measure one cell described by a JSON file and write its row"),
     "compare": ("fastcache.cli_compare", "compare two sets of rows and say which cells got slower"),
     "doctor": ("fastcache.device.doctor", "say what this machine can run, and what is missing"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastcache.config import open_interval, require
 
 # What a method may ask for; "query_stats" is query_mean, query_cov and inv_freq together.
-NEEDS = ("keys", "values", "window_queries", "attention_mass", "query_stats")
+NEEDS = ("keys", "values", "window_queries", "attention_mass", "query_stats", "replay_scores")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class LayerKV:
     attention_mass: Tensor | None = None  # (B, H, T) float32: causal softmax, summed over all queries
     query_mean: Tensor | None = None  # (B, H, d) float32: unrotated queries from position method.n_sink on
     query_cov: Tensor | None = None  # (B, H, d, d) float32: their covariance, divided by their count
+    replay_scores: Tensor | None = None  # (B, Hk, T) float32: largest weight while the context is repeated
     inv_freq: Tensor | None = None  # (d / 2,) float32: rotary frequencies, given with query statistics
 
     @property

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastcache.compression.base import budget
+from fastcache.compression.registry import BUDGET_FORMAT as FORMAT
 from fastcache.errors import ConfigError
 
-FORMAT = "fastcache-head-budgets-1"
 # Every head keeps the attention sinks: without them a head's softmax has nowhere to put what it does not need.
 FLOOR = 4
 

@@ -16,12 +16,16 @@ from fastcache.errors import UnknownName
 if TYPE_CHECKING:
     from fastcache.compression.base import EvictionMethod
 
+# What a file of head budgets says it is.
+BUDGET_FORMAT = "fastcache-head-budgets-1"
+
 METHODS: dict[str, str] = {
     "expected_attention": "fastcache.compression.expected_attention:ExpectedAttention",
     "expected_attention_eps": "fastcache.compression.expected_attention:ExpectedAttentionEps",
     "h2o": "fastcache.compression.h2o:H2O",
     "keydiff": "fastcache.compression.keydiff:KeyDiff",
     "knorm": "fastcache.compression.knorm:KNorm",
+    "kvzip": "fastcache.compression.kvzip:KVzip",
     "observed_attention": "fastcache.compression.observed_attention:ObservedAttention",
     "random": "fastcache.compression.random_keep:RandomKeep",
     "snapkv": "fastcache.compression.snapkv:SnapKV",

@@ -11,15 +11,19 @@ import itertools
 import time
 from typing import Any
 
+import numpy as np
+
 from fastcache.config import EngineConfig, SamplingParams, require
 from fastcache.core import Request, Sequence, Step
 from fastcache.device.green_context import partition
 from fastcache.engine.build import Parts, build
+from fastcache.engine.calibration import head_shares
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.jobs import Jobs
 from fastcache.engine.offline import Offline
 from fastcache.engine.outputs import request_output
 from fastcache.engine.prompts import Prompt, PromptReader
+from fastcache.engine.replay import replay_prompt
 from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
 from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, QueueFull, UnsupportedCombination
@@ -225,6 +229,11 @@ class LLM(Offline):
     def reset_stats(self) -> None:
         self._stats = self._scheduler.stats = EngineStats()
         self._scheduler.allocator.peak_used = self._scheduler.allocator.used
+
+    def head_shares(self, contexts: Many[Many[int]], ratios: Many[float]) -> np.ndarray:
+        """(ratios, layers, kv_heads): what each KV head keeps of plain texts (see `engine.calibration`)."""
+        prompt = replay_prompt(self.tokenizer)
+        return head_shares(self._runner.model, prompt, contexts, ratios, self._parts.max_model_len)
 
     def describe(self) -> dict[str, Any]:
         """What runs on what: the facts a row records about the engine."""

@@ -25,6 +25,8 @@ from fastcache.engine.cuda_graphs import padded_size
 from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
+from fastcache.engine.replay import ReplayPrompt, replay_prompt
+from fastcache.engine.replay_compressor import ReplayCompressor, replay_positions
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
@@ -103,8 +105,11 @@ def build(config: EngineConfig) -> Parts:
     vision = model_config.vision
     processor = load_processor(config.model, vision) if vision is not None else None
     split = partition(config.partition, device)
+    tokenizer = load_tokenizer(config.model, required=False) if Path(config.model).is_dir() else None
+    prompt = _replay_prompt(method, config, model_config, tokenizer)
+    positions = max_model_len + (replay_positions(prompt, method, max_model_len) if prompt else 0)
     model, weights = load_model(
-        model_config, config.model, config.load_format, dtype, device, max_model_len, config.seed
+        model_config, config.model, config.load_format, dtype, device, positions, config.seed
     )
     heads = HeadShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     stored = resolve_kv_dtype(config.kv_dtype, dtype, device)
@@ -132,6 +137,11 @@ def build(config: EngineConfig) -> Parts:
         config.immediate_release,
     )
     compress = split.compress if config.partition.enabled else None
+    compressor = None
+    if prompt is not None:
+        compressor = ReplayCompressor(method, pool, model, prompt, plan.layout)
+    elif plan is not None:
+        compressor = InlineCompressor(method, pool, model_config.num_layers, compress, plan.layout)
     runner = Runner(
         model,
         pool,
@@ -143,7 +153,7 @@ def build(config: EngineConfig) -> Parts:
             scheduler.demand.layout if ragged else None,
         ),
         config.max_num_seqs,
-        InlineCompressor(method, pool, model_config.num_layers, compress, plan.layout) if plan else None,
+        compressor,
         use_graphs=not config.enforce_eager,
         stream=split.main if config.partition.enabled else None,
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
@@ -153,7 +163,6 @@ def build(config: EngineConfig) -> Parts:
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
-    tokenizer = load_tokenizer(config.model, required=False) if Path(config.model).is_dir() else None
     eos = model_config.eos_token_ids
     if tokenizer is not None and not eos:
         eos = frozenset(tokenizer.eos_token_ids)
@@ -224,6 +233,21 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"max_model_len is {config.max_model_len}, the model has {limit} positions; allowed is at most that."
         )
     return config.max_model_len or limit
+
+
+def _replay_prompt(
+    method: EvictionMethod | None, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None
+) -> ReplayPrompt | None:
+    """What a method that repeats contexts says to the model, None for any other. Errors: `UnsupportedCombination`."""
+    if method is None or "replay_scores" not in method.needs:
+        return None
+    if config.partition.enabled or model.vision is not None:
+        what = "an SM partition" if config.partition.enabled else "pictures"
+        raise UnsupportedCombination(
+            f"method {method.name!r} repeats the context with the model itself, which does not go with {what}. Use "
+            "another method, or leave that out."
+        )
+    return replay_prompt(tokenizer)
 
 
 def _check_method(method: Any, tokens_per_step: int, deferred: bool) -> None:

@@ -17,7 +17,7 @@ from fastcache.engine.work import Packed, Work, page_tables, window_rows
 from fastcache.kvcache.head_layout import HeadLayout, HeadRows
 from fastcache.kvcache.pool import KVPool
 
-SUPPORTED_NEEDS = frozenset({"keys", "values", "window_queries"})
+SUPPORTED_NEEDS = frozenset({"keys", "values", "window_queries", "replay_scores"})
 
 
 class MethodPlan:
@@ -32,6 +32,7 @@ class MethodPlan:
     ) -> None:
         self.method, self.ratio = method, compression_ratio
         self.tail = max(method.window, 1)
+        self.replays = "replay_scores" in method.needs
         self._page_size, self._budgets = page_size, head_budgets
         self._layouts: dict[int, HeadLayout] = {}  # by length: sequences of one length share theirs
 
@@ -58,10 +59,10 @@ class LayerCompressor:
         self.method, self.pool, self.num_layers = method, pool, num_layers
         self.kernels = kernels_for(pool.device)
 
-    def stored(self, layer: int, work: Work, queries: Tensor | None) -> None:
-        """Contexts out of their pages. queries: (n, H, w, d) for a method that needs them."""
+    def stored(self, layer: int, work: Work, queries: Tensor | None, replayed: Tensor | None = None) -> None:
+        """Contexts out of their pages. queries: (n, H, w, d), replayed: (n, Hk, T), for methods that need them."""
         keys, values = self.pool.gather(layer, work.table, work.max_length)
-        heads, kept = self._kept(layer, work, keys, values, queries)
+        heads, kept = self._kept(layer, work, keys, values, queries, replayed)
         if heads is None:
             repack_layer(self.pool, layer, keys, values, kept, work.fresh)
         else:
@@ -85,13 +86,28 @@ class LayerCompressor:
             self.kernels.repack(*pages, k, v, where.starts, kept, work.fresh)
 
     def _kept(
-        self, layer: int, work: Work, keys: Tensor, values: Tensor | None, queries: Tensor | None
+        self,
+        layer: int,
+        work: Work,
+        keys: Tensor,
+        values: Tensor | None,
+        queries: Tensor | None,
+        replayed: Tensor | None = None,
     ) -> tuple[HeadRows | None, Tensor]:
         """The layer's head budgets, if it has any, and the kept positions (n, Hk, K)."""
         heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
         budgets = work.budgets if heads is None else heads.kept
         largest = work.max_budget if heads is None else work.longest[layer]
-        view = LayerKV(layer, self.num_layers, keys, values, work.lengths, budgets, window_queries=queries)
+        view = LayerKV(
+            layer,
+            self.num_layers,
+            keys,
+            values,
+            work.lengths,
+            budgets,
+            window_queries=queries,
+            replay_scores=replayed,
+        )
         scores = self.kernels.score(self.method, view)
         return heads, self.kernels.select(scores, work.lengths, budgets, largest)
 

@@ -15,6 +15,9 @@ class CompressionPlan(Protocol):
     tail: int
     """How many of the context's last tokens must be computed in one chunk, for the method to see them."""
 
+    replays: bool
+    """The method reads the whole stored context again, so it must be there."""
+
     def kept(self, num_tokens: int) -> int:
         """Entries the longest KV head keeps of `num_tokens`; 0 if the method does not apply to that length."""
         ...

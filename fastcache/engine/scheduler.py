@@ -50,7 +50,8 @@ class Scheduler:
         self.prefix, self.compression = prefix, compression
         self.policy = policy or PrefillFirst()
         # The prefix cache names whole pages and late release is about them, so then they must be there.
-        direct = prefix is None and immediate_release
+        replays = compression is not None and compression.replays
+        direct = prefix is None and immediate_release and not replays
         whole = direct and not (self.policy.deferred or self.policy.cuts_prompts)
         direct_tokens = limits.max_num_batched_tokens if whole else 0
         self.demand = PageDemand(limits.page_size, compression, immediate_release, direct_tokens)

@@ -8,7 +8,7 @@ import torch
 from kvpress import KVzipPress
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from fastcache import LLM
+from fastcache import LLM, SamplingParams
 from fastcache.cli import main
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.kvzip import global_keep, layer_keep
@@ -77,6 +77,38 @@ def test_smollm2_scores_equal_kvpress_behind_its_chat_prefix(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="sdpa")
     chat = llm.tokenizer.apply_chat_template([{"role": "user", "content": "The river rose. " * 40}])
     check(model, llm, llm.tokenizer.encode(chat, add_special_tokens=False)[:180], 100)
+
+
+def test_the_method_keeps_the_best_replayed_entries_of_each_head(tiny_model):
+    """Uniform budgets: the engine decodes as transformers does from the entries that kvpress's scores choose."""
+    from test_head_budgets import MaskedOracle
+
+    folder = tiny_model("llama", 6, 2, 16, 48, 3, False)
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randperm(256, generator=generator)[:n].tolist() for n in (95, 60)]
+    compression = {"method": "kvzip", "compression_ratio": 0.7}
+    llm = LLM(folder, device="cpu", page_size=4, num_pages=200, max_model_len=200, compression=compression)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    outputs = llm.generate(prompts, params)
+    llm.check_books()
+    cut = LLM(
+        folder,
+        device="cpu",
+        page_size=4,
+        max_num_batched_tokens=40,
+        max_model_len=200,
+        compression=compression,
+    )
+    assert [o.token_ids for o in cut.generate(prompts, params)] == [o.token_ids for o in outputs]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    masked = MaskedOracle(folder)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        scores = oracle(model, prompt, compression_ratio=0.5).found
+        scores[..., :4] = 2
+        count = output.metrics.kv_len_after
+        kept = scores.argsort(dim=-1, descending=True)[..., :count]
+        masked._gone = lambda keys, rows: torch.ones(keys.shape[:2], dtype=bool).scatter(1, rows, False)
+        assert output.token_ids == masked.tokens(prompt, [], kept, 20)
 
 
 def test_calibration_averages_what_kvpress_keeps(tiny_model, tmp_path):

@@ -1,0 +1,62 @@
+"""Compression by a method that repeats the context over its own cache: after the prefill step, before its pages go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastcache.compression.kvzip import KVzip
+from fastcache.core import HostBatch, Step
+from fastcache.engine.compressor import InlineCompressor
+from fastcache.engine.replay import ReplayPrompt, replay_scores
+from fastcache.engine.work import Work
+from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.pool import KVPool
+from fastcache.models.llama import Llama
+
+
+class ReplayCompressor(InlineCompressor):
+    """One context after the other: a repetition is a forward pass as long as the context itself, and needs its whole
+    cache. It runs in the step's own stream, whose time it is part of."""
+
+    def __init__(
+        self,
+        method: KVzip,
+        pool: KVPool,
+        model: Llama,
+        prompt: ReplayPrompt,
+        layout: Callable[[int], HeadLayout | None],
+    ) -> None:
+        super().__init__(method, pool, model.config.num_layers, None, layout)
+        self.model, self.prompt = model, prompt
+        self._contexts: list[tuple[list[int], Work]] = []
+
+    def begin(self, step: Step, host: HostBatch) -> bool:
+        self._contexts = [
+            (chunk.seq.known_tokens[: chunk.seq.request.compress_at], self._work(step, host, [row]))
+            for row, chunk in enumerate(step.chunks)
+            if chunk.kept
+        ]
+        return bool(self._contexts)
+
+    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Nothing to see yet: what the step stores is read when all its layers are there."""
+
+    def finish(self) -> None:
+        for context, work in self._contexts:
+            layers = range(self.pool.shape.num_layers)
+            cache = [self.pool.gather(layer, work.table, len(context)) for layer in layers]
+            cache = [(keys[0], values[0]) for keys, values in cache]
+            scores = replay_scores(
+                self.model, context, cache, self.prompt, self.method.n_sink, self.method.chunk_size
+            )
+            del cache  # as large as the context's pages
+            for layer in layers:
+                self.layers.stored(layer, work, None, scores[layer][None])
+        self._contexts = []
+
+
+def replay_positions(prompt: ReplayPrompt, method: KVzip, max_model_len: int) -> int:
+    """Positions beyond `max_model_len` that a repetition of the longest context reaches."""
+    return prompt.length(min(method.chunk_size, max_model_len))

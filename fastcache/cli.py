@@ -27,6 +27,7 @@ COMMANDS = {
         "fastcache.device.proof",
         "prove that a split of this GPU's SMs is real, or record why there is none",
     ),
+    "serve": ("fastcache.cli_serve", "answer OpenAI's clients over HTTP, with or without compression"),
     "shim": (
         "fastcache.device.shim",
         "build the library that lets an installed sgl_kernel load, if one is needed",

@@ -76,3 +76,7 @@ class QueueFull(UserError):
 
 class CheckpointError(UserError):
     """A compressor's checkpoint is missing, unreadable, or made for another model or factor."""
+
+
+class EngineStopped(UserError):
+    """The engine behind a service has ended, by an error or by a shutdown; it takes no more requests."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class RequestMetrics:
     """Times are `time.perf_counter()` seconds; counts are tokens or pages.
 
-    `scheduled_s` and `first_token_s` are None only for a request that timed out before it got there.
+    `scheduled_s` and `first_token_s` are None only for a request that was ended before it got there.
     """
 
     arrival_s: float
@@ -35,7 +35,8 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request. `finish_reason` is "stop" (end-of-sequence token), "length" (max_tokens) or "timeout".
+    """A finished request. `finish_reason` is "stop" (end-of-sequence token), "length" (max_tokens), "timeout" or
+    "cancelled".
 
     logprobs: (prompt tokens - logprobs_from, vocab) float32, row i for what follows position logprobs_from + i.
     """

@@ -32,7 +32,8 @@ ALLOWED = {
     # Gradients need the model's own modules and the methods' arithmetic, but neither pages nor a scheduler.
     "training": GROUND | {"compression", "engine", "models", "tokenizer"},
     "bench": GROUND | {"LLM", "compression", "device"},
-    "cli": GROUND | {"LLM", "bench", "compression", "device", "models", "training"},
+    "serving": GROUND | {"LLM"},
+    "cli": GROUND | {"LLM", "bench", "compression", "device", "models", "serving", "training"},
     "__init__": {"config", "engine"},
 }
 # These see pages as well as tensors, but no scores.

@@ -27,6 +27,7 @@ UNMEASURED = (
     "models/fetch.py",
     "models/gguf*.py",
     "training/*.py",
+    "serving/*.py",
 )
 
 

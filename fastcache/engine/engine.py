@@ -122,13 +122,13 @@ class LLM(Offline):
         if most is not None and waiting >= most:
             raise QueueFull(f"{waiting} requests are waiting and max_waiting is {most}; send it again later.")
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request; its pages are free at once. Unknown or finished ids are ignored."""
-        seq = self._live.pop(request_id, None)
-        if seq is not None:
-            self._scheduler.cancel(seq)
-            self._seeds.pop(request_id)
-            self._runner.forget(seq)
+    def cancel(self, request_id: str) -> RequestOutput | None:
+        """End a request; its pages are free at once. Returns what it has, None for unknown or finished ids."""
+        seq = self._live.get(request_id)
+        if seq is None:
+            return None
+        self._scheduler.cancel(seq)
+        return self._output(seq, time.perf_counter())
 
     # -- steps -------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ import torch
 from fastcache.core import Sequence
 from fastcache.results import RequestMetrics, RequestOutput
 
+ENDED_FROM_OUTSIDE = ("timeout", "cancelled")
+
 
 def request_output(seq: Sequence, text: str, now_s: float) -> RequestOutput:
     """`text`: its decoded output. `now_s`: when it ended, if that was not with a token."""
@@ -15,7 +17,7 @@ def request_output(seq: Sequence, text: str, now_s: float) -> RequestOutput:
         arrival_s=request.arrival_s,
         scheduled_s=seq.scheduled_s,
         first_token_s=times[0] if times else None,
-        finished_s=now_s if seq.finish_reason == "timeout" else times[-1],
+        finished_s=now_s if seq.finish_reason in ENDED_FROM_OUTSIDE else times[-1],
         token_times_s=tuple(times),
         prompt_tokens=seq.prompt_len,
         output_tokens=len(seq.output_ids),

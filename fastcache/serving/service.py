@@ -17,8 +17,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from fastcache.config import SamplingParams
-from fastcache.results import RequestOutput
 from fastcache.errors import EngineStopped, UserError
+from fastcache.results import RequestOutput
 from fastcache.stats import EngineLoad, EngineStats
 
 log = logging.getLogger(__name__)

@@ -157,13 +157,17 @@ def ratio_of_factor(factor: float) -> float:
 
 @dataclass(frozen=True)
 class PartitionConfig(StrictConfig):
-    """Which share of the SMs each side asks for (green contexts). Ratios are of the whole device."""
+    """Which share of the SMs each side asks for (green contexts). Ratios are of the whole device.
+
+    `bound`: the ratios are the most that tuning may grant, rather than what it must.
+    """
 
     enabled: bool = False
     compress_ratio: float = 0.25
     main_ratio: float = 0.75
     main_stream: bool = False
     require: bool = False
+    bound: bool = False
 
     def __post_init__(self) -> None:
         open_interval("greenctx_compress_ratio", self.compress_ratio)

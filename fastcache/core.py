@@ -86,7 +86,6 @@ class Sequence:
     finish_reason: str | None = None
     compressed: bool = False
     leave_whole: bool = False  # decided: compressing it would not pay
-    defer: bool = False  # decided: its compression is a step of its own
     to_compress: int = 0  # entries to keep of a stored context; decoding waits until that is done
     under_way: bool = False  # that compression has been launched
     held: list[int] = field(default_factory=list)  # old pages that stay until the request ends
@@ -169,11 +168,13 @@ class Step:
     """What the scheduler wants computed in one forward pass. `decode`: every chunk is one new token.
 
     `decode_rows`: in a mixed step, how many chunks at the end are one new token each, behind the prefill chunks.
+    `place`: where its contexts are compressed (engine/policy.py), None for the engine's fixed place.
     """
 
     chunks: tuple[Chunk, ...]
     decode: bool
     decode_rows: int = 0
+    place: str | None = None
 
     @property
     def prefill_tokens(self) -> int:

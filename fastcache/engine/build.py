@@ -30,6 +30,7 @@ from fastcache.engine.replay_compressor import ReplayCompressor, replay_position
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
+from fastcache.engine.tuning import compression_places, make_tuner
 from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.head_layout import LayoutTable
 from fastcache.kvcache.pages import PageAllocator
@@ -79,6 +80,7 @@ class Parts:
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.scheduler.limits.max_num_batched_tokens,
             "policy": self.config.policy,
+            "tuning": self.config.tuning,
             "prefix_caching": self.scheduler.prefix is not None,
             "image_token_id": vision.image_token_id if vision is not None else None,
             "tokens_per_image": vision.tokens_per_image if vision is not None else None,
@@ -127,14 +129,18 @@ def build(config: EngineConfig) -> Parts:
             padded_size(config.max_num_seqs),
             pages_for(max_model_len, config.page_size),
         )
+    limits = Limits(tokens_per_step, config.max_num_seqs, config.page_size)
+    places = compression_places(config, split, method, device)
+    tuner = make_tuner(config, limits, pool, places)
     scheduler = Scheduler(
-        Limits(tokens_per_step, config.max_num_seqs, config.page_size),
+        limits,
         allocator,
         EngineStats(),
         PrefixCache(allocator, config.page_size) if config.enable_prefix_caching else None,
         plan,
-        policy,
+        tuner if config.tuning == "all" else policy,
         config.immediate_release,
+        tuner,
     )
     compress = split.compress if config.partition.enabled else None
     compressor = None
@@ -156,11 +162,14 @@ def build(config: EngineConfig) -> Parts:
         compressor,
         use_graphs=not config.enforce_eager,
         stream=split.main if config.partition.enabled else None,
+        places=places,
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
         deferred=DeferredCompressor(method, pool, model_config.num_layers, compress, plan.layout)
         if plan
         else None,
     )
+    if tuner is not None and runner.compressor is not None:
+        runner.compressor.timed = True
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
     eos = model_config.eos_token_ids

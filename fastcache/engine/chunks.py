@@ -44,7 +44,7 @@ class Chunks:
         length = min(left, budget)
         if 0 < left - length < tail:
             length = left - tail  # the method must see its whole window in one chunk
-        defer = kept > 0 and length == left and (defer or seq.defer)
+        defer = kept > 0 and length == left and defer
         if length < left or defer:
             kept = 0
         fresh = self.demand.fresh_pages(seq, kept)

@@ -13,6 +13,7 @@ from fastcache.compression.kernels import kernels_for
 from fastcache.compression.repack import repack_heads, repack_layer, repack_packed
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
+from fastcache.device.timing import Span
 from fastcache.engine.work import Packed, Work, page_tables, window_rows
 from fastcache.kvcache.head_layout import HeadLayout, HeadRows
 from fastcache.kvcache.pool import KVPool
@@ -131,10 +132,15 @@ class InlineCompressor:
         self.method, self.pool, self.layout = method, pool, layout
         self.layers = LayerCompressor(method, pool, num_layers)
         self.stream = stream
+        self.timed = False
+        self.spans: list[
+            Span
+        ] = []  # where timed: of this step's layers, as far as they delay the main stream
         self._works: list[tuple[Work, Packed | None]] = []
 
     def begin(self, step: Step, host: HostBatch) -> bool:
         """Note which sequences of the step are to be compressed; False if none is."""
+        self.spans = []
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
         stored = [row for row in rows if step.chunks[row].kv_start]
         packed = [row for row in rows if not step.chunks[row].kv_start]
@@ -162,7 +168,13 @@ class InlineCompressor:
     def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already."""
         if self.stream is None:
+            if not self.timed:
+                self._compress(layer, q, k, v)
+                return
+            self.spans.append(Span(self.pool.device))
+            self.spans[-1].start()
             self._compress(layer, q, k, v)
+            self.spans[-1].stop()
             return
         hand_over(torch.cuda.current_stream(), self.stream, q, k, v)
         with torch.cuda.stream(self.stream):

@@ -34,6 +34,7 @@ class LaunchedJob:
     job: CompressionJob
     ready: torch.cuda.Event | None
     span: Span
+    tokens: int
 
     def done(self) -> bool:
         return self.ready is None or self.ready.query()
@@ -109,7 +110,7 @@ class DeferredCompressor:
             if self.stream is not None:
                 ready = torch.cuda.Event()
                 ready.record()
-        return LaunchedJob(job, ready, span)
+        return LaunchedJob(job, ready, span, job.num_tokens)
 
     def copy(self, work: Work, seen: list[_Seen]) -> None:
         for layer in range(self.num_layers):

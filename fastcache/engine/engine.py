@@ -185,9 +185,9 @@ class LLM(Offline):
 
     def _account(self, pending: PendingTokens, now: float) -> None:
         """A step's time runs from its launch, or from the end of the step before it if that came later."""
-        elapsed = now - max(self._last_result_s, pending.launched_s) - self._jobs.seconds_before_step()
+        elapsed = now - max(self._last_result_s, pending.launched_s)
         self._last_result_s = now
-        self._stats.add_time(pending.step, elapsed)
+        self._jobs.account(pending, elapsed)
 
     def _output(self, seq: Sequence, now: float) -> RequestOutput:
         del self._live[seq.request.request_id], self._seeds[seq.request.request_id]
@@ -204,6 +204,9 @@ class LLM(Offline):
         and cannot be had; `ConfigError` for ratios out of range.
         """
         old = self._parts.config.partition
+        require(
+            self.config.tuning == "off", "the engine chooses its splits itself: use_split needs tuning 'off'."
+        )
         if not old.enabled or self._runner.device.type != "cuda":
             raise UnsupportedCombination(
                 "use_split needs an engine with a partition on a CUDA device; build LLM(..., partition="
@@ -229,12 +232,18 @@ class LLM(Offline):
 
     def reset_stats(self) -> None:
         self._stats = self._scheduler.stats = EngineStats()
+        if self._scheduler.tuner is not None:
+            self._scheduler.tuner.reset()
         self._scheduler.allocator.peak_used = self._scheduler.allocator.used
 
     def head_shares(self, contexts: Many[Many[int]], ratios: Many[float]) -> np.ndarray:
         """(ratios, layers, kv_heads): what each KV head keeps of plain texts (see `engine.calibration`)."""
         prompt = replay_prompt(self.tokenizer)
         return head_shares(self._runner.model, prompt, contexts, ratios, self._parts.max_model_len)
+
+    def decisions(self) -> dict[str, Any] | None:
+        """What was decided since the last `reset_stats`, on which costs; None where nothing is (`tuning` off)."""
+        return None if self._scheduler.tuner is None else self._scheduler.tuner.report()
 
     def describe(self) -> dict[str, Any]:
         """What runs on what: the facts a row records about the engine."""

@@ -7,7 +7,7 @@ import time
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.deferred import LaunchedJob
-from fastcache.engine.runner import Runner
+from fastcache.engine.runner import PendingTokens, Runner
 from fastcache.engine.scheduler import Scheduler
 
 
@@ -38,9 +38,18 @@ class Jobs:
             if launched.done():
                 self._under_way.remove(launched)
                 self._scheduler.stage.finished(launched.job, self._scheduler.stats, time.perf_counter())
+                if self._scheduler.tuner is not None:
+                    self._scheduler.tuner.job_done(launched.tokens)
 
-    def seconds_before_step(self) -> float:
-        """Count the time of finished jobs; returns the part that a step's elapsed time has in it."""
+    def account(self, pending: PendingTokens, elapsed_s: float) -> None:
+        """Count the time of a step whose tokens have arrived, without that of jobs ahead of it in its stream."""
+        elapsed_s -= self._seconds_before_step()
+        self._scheduler.stats.add_time(pending.step, elapsed_s)
+        if self._scheduler.tuner is not None:
+            compressing = sum(span.seconds() or 0.0 for span in pending.spans)
+            self._scheduler.tuner.observe(pending.step, elapsed_s, compressing, bool(self._under_way))
+
+    def _seconds_before_step(self) -> float:
         inside, left = 0.0, []
         for span, in_step in self._spans:
             seconds = span.seconds()

@@ -8,7 +8,9 @@ from fastcache.core import Sequence
 from fastcache.engine.stages import Load, Queue
 
 
-def load_of(now_s: float, running: Iterable[Sequence], waiting: Iterable[Sequence], enough: int) -> Load:
+def load_of(
+    now_s: float, running: Iterable[Sequence], waiting: Iterable[Sequence], enough: int, blocked: bool
+) -> Load:
     """Count every running sequence, and the tokens to prefill up to `enough`, which is one full step."""
     prefill, compress, decode, under_way, tokens = [], [], [], 0, 0
     for seq in running:
@@ -28,7 +30,13 @@ def load_of(now_s: float, running: Iterable[Sequence], waiting: Iterable[Sequenc
             prefill.append(seq.ready_s)
             tokens += seq.num_tokens
     return Load(
-        now_s, Queue(count, min(prefill, default=now_s)), _queue(compress), _queue(decode), tokens, under_way
+        now_s,
+        Queue(count, min(prefill, default=now_s)),
+        _queue(compress),
+        _queue(decode),
+        tokens,
+        under_way,
+        blocked,
     )
 
 

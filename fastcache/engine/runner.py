@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcache.attention.base import AttentionBackend
 from fastcache.core import ForwardBatch, Sequence, Step
 from fastcache.device.streams import hand_over
+from fastcache.device.timing import Span
 from fastcache.engine.batch import BatchBuilder, to_device, upload
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.compressor import InlineCompressor
@@ -33,6 +34,7 @@ class PendingTokens:
     tokens: Tensor  # (S,) int64 on the host, valid after `ready`
     ready: torch.cuda.Event | None
     launched_s: float
+    spans: tuple[Span, ...] = ()  # of compression inside the step, where it is timed
 
     def wait(self) -> list[int]:
         if self.ready is not None:
@@ -57,11 +59,13 @@ class Runner:
         use_graphs: bool,
         stream: torch.cuda.Stream | None = None,
         pictures: PictureEmbedder | None = None,
+        places: Mapping[str, torch.cuda.Stream | None] | None = None,
         deferred: DeferredCompressor | None = None,
     ) -> None:
         self.model, self.pool, self.backend, self.builder = model, pool, backend, builder
         self.compressor, self.deferred, self.pictures = compressor, deferred, pictures
         self.device = pool.device
+        self.places = places or {}  # streams by the names that a step's `place` may have
         self._stream = stream  # None: the device's default stream
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = None
@@ -112,6 +116,8 @@ class Runner:
 
     def _launch(self, step: Step, seeds: dict[str, int], launched_s: float) -> PendingTokens:
         host = self.builder.build(step)
+        if step.place is not None:
+            self.compressor.stream = self.places[step.place]
         if host.decode and self.graphs is not None:
             logits = self.graphs.run(host)
             (seats,) = upload([host.sample_seats], self.device)
@@ -176,9 +182,12 @@ class Runner:
         tokens = sample(logits, params)
         self.last_tokens[seats] = tokens
         if self.device.type != "cuda":
-            return PendingTokens(step, tokens, None, launched_s)
+            return PendingTokens(step, tokens, None, launched_s, self._spans(step))
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return PendingTokens(step, host, ready, launched_s)
+        return PendingTokens(step, host, ready, launched_s, self._spans(step))
+
+    def _spans(self, step: Step) -> tuple[Span, ...]:
+        return () if step.decode or self.compressor is None else tuple(self.compressor.spans)

@@ -19,8 +19,10 @@ from fastcache.engine.compress_stage import CompressionJob, CompressStage
 from fastcache.engine.deadlines import Deadlines
 from fastcache.engine.demand import CompressionPlan, PageDemand
 from fastcache.engine.kv_account import KVAccount
+from fastcache.engine.policy import AFTER
 from fastcache.engine.queues import load_of
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, PrefillFirst, StagePolicy, Turn
+from fastcache.engine.tuner import Tuner
 from fastcache.kvcache.pages import PageAllocator
 from fastcache.kvcache.prefix import PrefixCache
 from fastcache.stats import EngineStats
@@ -45,14 +47,16 @@ class Scheduler:
         compression: CompressionPlan | None = None,
         policy: StagePolicy | None = None,
         immediate_release: bool = True,
+        tuner: Tuner | None = None,
     ) -> None:
         self.limits, self.allocator, self.stats = limits, allocator, stats
-        self.prefix, self.compression = prefix, compression
+        self.prefix, self.compression, self.tuner = prefix, compression, tuner
         self.policy = policy or PrefillFirst()
         # The prefix cache names whole pages and late release is about them, so then they must be there.
         replays = compression is not None and compression.replays
         direct = prefix is None and immediate_release and not replays
-        whole = direct and not (self.policy.deferred or self.policy.cuts_prompts)
+        defers = self.policy.deferred or (tuner is not None and tuner.may_defer)
+        whole = direct and not (defers or self.policy.cuts_prompts)
         direct_tokens = limits.max_num_batched_tokens if whole else 0
         self.demand = PageDemand(limits.page_size, compression, immediate_release, direct_tokens)
         self.admission = Admission(allocator, self.demand, prefix)
@@ -63,6 +67,7 @@ class Scheduler:
         self.deadlines = Deadlines()
         self._account = KVAccount()
         self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._refused = False  # the first waiting request found too few pages
         self.in_flight = 0  # launched steps whose tokens have not been delivered
 
     @property
@@ -81,7 +86,8 @@ class Scheduler:
         """
         now_s, limit = time.perf_counter(), self.limits.max_num_batched_tokens
         self._account.sample(self.stats.kv, now_s, self.running, len(self.waiting))
-        load = load_of(now_s, self.running, self.waiting, limit)
+        blocked = bool(self.waiting) and (self._refused or len(self.waiting) > len(self._seats))
+        load = load_of(now_s, self.running, self.waiting, limit, blocked)
         for turn in (*self.policy.turns(load), *ANYTHING):
             if (work := self._take(turn)) is not None:
                 return work
@@ -106,17 +112,19 @@ class Scheduler:
         if turn.together:
             riders = self._decode(limit - tail)
         budget = min(limit - len(riders), max(turn.max_tokens or limit, tail))
+        place = self.tuner.place() if self.tuner and self.compression else None
+        defer = self.policy.deferred or (place is not None and place.startswith(AFTER))
         for seq in self.running:
             if len(chunks) == turn.max_seqs or budget <= 0:
                 break
-            if chunk := self.chunks.prefill(seq, budget, split=not chunks, defer=self.policy.deferred):
+            if chunk := self.chunks.prefill(seq, budget, split=not chunks, defer=defer):
                 chunks.append(chunk)
                 budget -= chunk.length
         while self.waiting and budget > 0 and self._seats and len(chunks) != turn.max_seqs:
             seq = self.waiting[0]
             if not self._admit(seq):
                 break
-            chunk = self.chunks.prefill(seq, budget, split=not chunks, defer=self.policy.deferred)
+            chunk = self.chunks.prefill(seq, budget, split=not chunks, defer=defer)
             if chunk is None:
                 break
             chunks.append(chunk)
@@ -125,10 +133,18 @@ class Scheduler:
             return Step(tuple(riders), decode=True) if riders else None
         # What reads stored entries comes first: then a backend has at most two runs of sequences to attend.
         chunks.sort(key=lambda chunk: chunk.kv_start == 0)
-        return Step((*chunks, *riders), decode=False, decode_rows=len(riders))
+        step = Step((*chunks, *riders), decode=False, decode_rows=len(riders), place=place)
+        if self.tuner is not None:
+            self.tuner.taken(step)
+        return step
 
     def _admit(self, seq: Sequence) -> bool:
-        if not self.admission.admit(seq, self.running, self.stats):
+        if self.tuner is not None:
+            seq.leave_whole = False
+            sharing = len(self.running) + len(self.waiting)
+            self.tuner.admit(seq, self.demand.kept(seq), sharing)
+        self._refused = not self.admission.admit(seq, self.running, self.stats)
+        if self._refused:
             return False
         seq.seat = self._seats.pop()
         self.running.append(self.waiting.popleft())

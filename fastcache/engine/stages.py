@@ -31,7 +31,8 @@ class Queue:
 @dataclass(frozen=True)
 class Load:
     """The engine's queues at one moment. `prefill` counts waiting requests and unfinished prefills; their tokens
-    are counted up to one full step. `under_way`: sequences whose compression has been launched."""
+    are counted up to one full step. `under_way`: sequences whose compression has been launched. `blocked`: a
+    waiting request needs a running one to end first."""
 
     now_s: float
     prefill: Queue
@@ -39,6 +40,7 @@ class Load:
     decode: Queue
     prefill_tokens: int = 0
     under_way: int = 0
+    blocked: bool = False
 
     def queues(self) -> dict[str, Queue]:
         """By stage, the most downstream first."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastcache import LLM, SamplingParams
-from fastcache.errors import QueueFull, UnsupportedCombination
+from fastcache.engine.policy import NOT_MEASURED
+from fastcache.errors import ConfigError, QueueFull, UnsupportedCombination
 
 POLICIES = ["fcfs", "dynamic", "p1c1d8", "p2c2d3", "p4c4d8"]
 METHODS = [None, ("snapkv", 0.1), ("knorm", 0.6)]
@@ -225,3 +226,53 @@ def test_compression_that_comes_late_changes_no_token(folder, policy):
         outputs = inline.generate([p for p, _ in wanted.values()], [greedy(n) for _, n in wanted.values()])
         assert [done[number] for number in wanted] == [o.token_ids for o in outputs]
     assert steps > 2000
+
+
+@pytest.mark.parametrize("tuning", ["compression", "all"])
+def test_a_tuned_engine_decides_from_what_it_measured(folder, wanted, tuning):
+    """Whatever it decides, each request has the tokens of the cache it says it had."""
+    prompts, counts, alone = wanted
+    method = ("knorm", 0.6)
+    llm = engine(folder, method, tuning=tuning, max_num_seqs=4)
+    for _ in range(6):
+        llm.reset_stats()
+        for prompt, count in zip(prompts, counts, strict=True):
+            llm.add_request(prompt, greedy(count))
+        done = []
+        while llm.has_unfinished():
+            done += llm.step()
+        llm.check_books()
+        for output in done:
+            number = prompts.index(list(output.prompt_token_ids))
+            assert output.token_ids == alone[method if output.metrics.compressed else None][number]
+    report = llm.decisions()
+    assert report["costs"]["exposed"]["inline"] > 0 and report["costs"]["decode_fixed_s"] is not None
+    decided = [d for d in report["decisions"] if d["about"] == "compression"]
+    assert (
+        sum(d["count"] for d in decided) >= len(prompts) - 1
+    )  # the shortest may be too short for the method
+    assert all(d["reason"] != NOT_MEASURED for d in decided)
+    assert any(d["about"] == "balance" for d in report["decisions"]) == (tuning == "all")
+    assert report["steps"]["decode"]["measured_s"] > 0
+    assert (llm.stats().mixed_steps == 0) or tuning == "all"
+
+
+def test_a_tuned_engine_leaves_whole_what_would_not_pay(folder):
+    llm = engine(folder, ("knorm", 0.6), tuning="all")
+    prompts = prompts_of([100] * 6, seed=9)
+    for _ in range(5):
+        llm.reset_stats()
+        llm.generate(prompts, greedy(1))
+    # One token each: no decode step was ever seen, so the fixed choice stands and says so.
+    reasons = {d["reason"] for d in llm.decisions()["decisions"] if d["about"] == "compression"}
+    assert reasons == {NOT_MEASURED}
+    llm.generate(prompts, greedy(60))
+    llm.reset_stats()
+    outputs = llm.generate(prompts, greedy(1))
+    assert not any(o.metrics.compressed for o in outputs)
+    assert llm.stats().left_whole == 6
+
+
+def test_tuning_and_a_policy_of_ones_own_exclude_each_other(folder):
+    with pytest.raises(ConfigError, match="takes no policy"):
+        engine(folder, ("knorm", 0.6), tuning="all", policy="dynamic")

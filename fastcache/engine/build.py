@@ -27,6 +27,7 @@ from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
 from fastcache.engine.replay import ReplayPrompt, replay_prompt
 from fastcache.engine.replay_compressor import ReplayCompressor, replay_positions
+from fastcache.engine.resolve import max_model_len_of, resolve_device, resolve_dtype, resolve_kv_dtype
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
@@ -45,8 +46,6 @@ from fastcache.stats import EngineStats
 from fastcache.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
-
-FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to e4m3 in hardware
 
 
 @dataclass
@@ -98,7 +97,7 @@ def build(config: EngineConfig) -> Parts:
     device = resolve_device(config.device)
     model_config = load_model_config(config.model, config.load_format)
     dtype = resolve_dtype(config.dtype, model_config, device)
-    max_model_len = _max_model_len(config, model_config)
+    max_model_len = max_model_len_of(config, model_config)
     method = create(config.compression) if config.compression else None
     tokens_per_step = prefill_tokens(config, model_config, dtype, device)
     policy = stage_policy(config.policy)
@@ -201,47 +200,6 @@ def method_plan(config: EngineConfig, method: EvictionMethod, shape: KVShape) ->
                 f"{(shape.num_layers, shape.kv_heads)}. Run `fastcache calibrate` on this model."
             )
     return MethodPlan(method, config.compression.compression_ratio, config.page_size, budgets)
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where torch sees a GPU. Errors: `UnsupportedCombination` for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UnsupportedCombination(
-            f"device is {name!r}, but torch {torch.__version__} sees no GPU. Use device 'cpu', or install a CUDA "
-            "build of torch and check the driver with nvidia-smi."
-        )
-    device = torch.device(name)
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
-
-
-def resolve_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """ "auto" is the checkpoint's own type, except on the CPU, whose 16-bit arithmetic is slow: float32."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else model.dtype
-    return getattr(torch, name)
-
-
-def resolve_kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the pool stores. Errors: `UnsupportedCombination` for fp8 on a GPU that cannot convert to it."""
-    if name == "auto":
-        return dtype
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise UnsupportedCombination(
-            f"kv_dtype is 'fp8', and {torch.cuda.get_device_name(device)} does not convert to it; allowed is a GPU of "
-            "compute capability 8.9 or later, or kv_dtype 'auto'."
-        )
-    return torch.float8_e4m3fn
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    limit = model.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, the model has {limit} positions; allowed is at most that."
-        )
-    return config.max_model_len or limit
 
 
 def _replay_prompt(

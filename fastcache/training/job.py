@@ -14,7 +14,7 @@ from fastcache.compression.merge import make_plan, merge_layer
 from fastcache.compression.merge_checkpoint import MergeCheckpoint, read_checkpoint, write_checkpoint
 from fastcache.compression.registry import create
 from fastcache.config import CompressionConfig
-from fastcache.engine.build import resolve_device
+from fastcache.engine.resolve import resolve_device
 from fastcache.errors import ConfigError, DatasetError
 from fastcache.models.config import load_model_config
 from fastcache.models.loader import load_model

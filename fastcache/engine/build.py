@@ -12,27 +12,22 @@ import torch
 from fastcache.attention.base import HeadShape
 from fastcache.attention.ragged import with_layouts
 from fastcache.attention.select import select_backend
-from fastcache.compression.base import EvictionMethod
-from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.registry import create
 from fastcache.config import EngineConfig
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
 from fastcache.engine.batch import BatchBuilder
 from fastcache.engine.chunks import Limits
-from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
 from fastcache.engine.cuda_graphs import padded_size
-from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
-from fastcache.engine.replay import ReplayPrompt, replay_prompt
-from fastcache.engine.replay_compressor import ReplayCompressor, replay_positions
+from fastcache.engine.methods import check_method, compressors, method_plan, prompt_of
+from fastcache.engine.replay_compressor import replay_positions
 from fastcache.engine.resolve import max_model_len_of, resolve_device, resolve_dtype, resolve_kv_dtype
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
 from fastcache.engine.tuning import compression_places, make_tuner
-from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.head_layout import LayoutTable
 from fastcache.kvcache.pages import PageAllocator
 from fastcache.kvcache.pool import KVPool, KVShape
@@ -102,12 +97,12 @@ def build(config: EngineConfig) -> Parts:
     tokens_per_step = prefill_tokens(config, model_config, dtype, device)
     policy = stage_policy(config.policy)
     if method is not None:
-        _check_method(method, tokens_per_step, policy.deferred)
+        check_method(method, tokens_per_step, policy.deferred)
     vision = model_config.vision
     processor = load_processor(config.model, vision) if vision is not None else None
     split = partition(config.partition, device)
     tokenizer = load_tokenizer(config.model, required=False) if Path(config.model).is_dir() else None
-    prompt = _replay_prompt(method, config, model_config, tokenizer)
+    prompt = prompt_of(method, config, model_config, tokenizer)
     positions = max_model_len + (replay_positions(prompt, method, max_model_len) if prompt else 0)
     model, weights = load_model(
         model_config, config.model, config.load_format, dtype, device, positions, config.seed
@@ -142,11 +137,7 @@ def build(config: EngineConfig) -> Parts:
         tuner,
     )
     compress = split.compress if config.partition.enabled else None
-    compressor = None
-    if prompt is not None:
-        compressor = ReplayCompressor(method, pool, model, prompt, plan.layout)
-    elif plan is not None:
-        compressor = InlineCompressor(method, pool, model_config.num_layers, compress, plan.layout)
+    inline, deferred = compressors(plan, pool, model, prompt, compress)
     runner = Runner(
         model,
         pool,
@@ -158,14 +149,12 @@ def build(config: EngineConfig) -> Parts:
             scheduler.demand.layout if ragged else None,
         ),
         config.max_num_seqs,
-        compressor,
+        inline,
         use_graphs=not config.enforce_eager,
         stream=split.main if config.partition.enabled else None,
         places=places,
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
-        deferred=DeferredCompressor(method, pool, model_config.num_layers, compress, plan.layout)
-        if plan
-        else None,
+        deferred=deferred,
     )
     if tuner is not None and runner.compressor is not None:
         runner.compressor.timed = True
@@ -187,50 +176,3 @@ def build(config: EngineConfig) -> Parts:
         dtype,
         processor,
     )
-
-
-def method_plan(config: EngineConfig, method: EvictionMethod, shape: KVShape) -> MethodPlan:
-    """Errors: `ConfigError` for head budgets that cannot be read or were calibrated on another model's shape."""
-    path, budgets = config.compression.head_budgets, None
-    if path is not None:
-        budgets = HeadBudgets.load(path)
-        if budgets.shape != (shape.num_layers, shape.kv_heads):
-            raise ConfigError(
-                f"head_budgets {path!r} is for (layers, kv_heads) {budgets.shape}, this model has "
-                f"{(shape.num_layers, shape.kv_heads)}. Run `fastcache calibrate` on this model."
-            )
-    return MethodPlan(method, config.compression.compression_ratio, config.page_size, budgets)
-
-
-def _replay_prompt(
-    method: EvictionMethod | None, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None
-) -> ReplayPrompt | None:
-    """What a method that repeats contexts says to the model, None for any other. Errors: `UnsupportedCombination`."""
-    if method is None or "replay_scores" not in method.needs:
-        return None
-    if config.partition.enabled or model.vision is not None:
-        what = "an SM partition" if config.partition.enabled else "pictures"
-        raise UnsupportedCombination(
-            f"method {method.name!r} repeats the context with the model itself, which does not go with {what}. Use "
-            "another method, or leave that out."
-        )
-    return replay_prompt(tokenizer)
-
-
-def _check_method(method: Any, tokens_per_step: int, deferred: bool) -> None:
-    missing = method.needs - SUPPORTED_NEEDS
-    if missing:
-        raise UnsupportedCombination(
-            f"method {method.name!r} needs {', '.join(sorted(missing))}, which the engine does not collect."
-        )
-    kept_needs = method.needs - DEFERRABLE_NEEDS
-    if deferred and kept_needs:
-        raise UnsupportedCombination(
-            f"method {method.name!r} needs {', '.join(sorted(kept_needs))} of the prefill itself, and a policy with "
-            "fixed batches compresses after it. Use policy default, fcfs or dynamic, or another method."
-        )
-    if method.window > tokens_per_step:
-        raise ConfigError(
-            f"max_num_batched_tokens is {tokens_per_step}; method {method.name!r} looks at the last {method.window} "
-            f"queries at once, so allowed is at least {method.window}."
-        )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastcache.compression.kvzip import KVzip
 from fastcache.core import HostBatch, Step
+from fastcache.device.timing import Span
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_scores
 from fastcache.engine.work import Work
@@ -33,6 +34,7 @@ class ReplayCompressor(InlineCompressor):
         self._contexts: list[tuple[list[int], Work]] = []
 
     def begin(self, step: Step, host: HostBatch) -> bool:
+        self.spans = []
         self._contexts = [
             (chunk.seq.known_tokens[: chunk.seq.request.compress_at], self._work(step, host, [row]))
             for row, chunk in enumerate(step.chunks)
@@ -44,6 +46,14 @@ class ReplayCompressor(InlineCompressor):
         """Nothing to see yet: what the step stores is read when all its layers are there."""
 
     def finish(self) -> None:
+        self.spans = [Span(self.pool.device)] if self.timed else []
+        for span in self.spans:
+            span.start()
+        self._replay()
+        for span in self.spans:
+            span.stop()
+
+    def _replay(self) -> None:
         for context, work in self._contexts:
             layers = range(self.pool.shape.num_layers)
             cache = [self.pool.gather(layer, work.table, len(context)) for layer in layers]

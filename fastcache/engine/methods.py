@@ -1,0 +1,85 @@
+"""From a configured method to what the engine needs of it: its numbers, its checks, and who carries it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastcache.compression.base import EvictionMethod
+from fastcache.compression.head_budgets import HeadBudgets
+from fastcache.config import EngineConfig
+from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
+from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
+from fastcache.engine.replay import ReplayPrompt, replay_prompt
+from fastcache.engine.replay_compressor import ReplayCompressor
+from fastcache.errors import ConfigError, UnsupportedCombination
+from fastcache.kvcache.pool import KVPool, KVShape
+from fastcache.models.config import ModelConfig
+from fastcache.models.llama import Llama
+from fastcache.tokenizer import Tokenizer
+
+
+def compressors(
+    plan: MethodPlan | None,
+    pool: KVPool,
+    model: Llama,
+    prompt: ReplayPrompt | None,
+    stream: torch.cuda.Stream | None,
+) -> tuple[InlineCompressor | None, DeferredCompressor | None]:
+    """Who compresses inside a prefill step, and who after it; None without a method."""
+    if plan is None:
+        return None, None
+    layers = pool.shape.num_layers
+    deferred = DeferredCompressor(plan.method, pool, layers, stream, plan.layout)
+    if prompt is not None:
+        return ReplayCompressor(plan.method, pool, model, prompt, plan.layout), deferred
+    return InlineCompressor(plan.method, pool, layers, stream, plan.layout), deferred
+
+
+def method_plan(config: EngineConfig, method: EvictionMethod, shape: KVShape) -> MethodPlan:
+    """Errors: `ConfigError` for head budgets that cannot be read or were calibrated on another model's shape."""
+    path, budgets = config.compression.head_budgets, None
+    if path is not None:
+        budgets = HeadBudgets.load(path)
+        if budgets.shape != (shape.num_layers, shape.kv_heads):
+            raise ConfigError(
+                f"head_budgets {path!r} is for (layers, kv_heads) {budgets.shape}, this model has "
+                f"{(shape.num_layers, shape.kv_heads)}. Run `fastcache calibrate` on this model."
+            )
+    return MethodPlan(method, config.compression.compression_ratio, config.page_size, budgets)
+
+
+def prompt_of(
+    method: EvictionMethod | None, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None
+) -> ReplayPrompt | None:
+    """What a method that repeats contexts says to the model, None for any other. Errors: `UnsupportedCombination`."""
+    if method is None or "replay_scores" not in method.needs:
+        return None
+    if config.partition.enabled or model.vision is not None:
+        what = "an SM partition" if config.partition.enabled else "pictures"
+        raise UnsupportedCombination(
+            f"method {method.name!r} repeats the context with the model itself, which does not go with {what}. Use "
+            "another method, or leave that out."
+        )
+    return replay_prompt(tokenizer)
+
+
+def check_method(method: Any, tokens_per_step: int, deferred: bool) -> None:
+    """Errors: `UnsupportedCombination`, `ConfigError` for what a method wants and this engine does not give."""
+    missing = method.needs - SUPPORTED_NEEDS
+    if missing:
+        raise UnsupportedCombination(
+            f"method {method.name!r} needs {', '.join(sorted(missing))}, which the engine does not collect."
+        )
+    kept_needs = method.needs - DEFERRABLE_NEEDS
+    if deferred and kept_needs:
+        raise UnsupportedCombination(
+            f"method {method.name!r} needs {', '.join(sorted(kept_needs))} of the prefill itself, and a policy with "
+            "fixed batches compresses after it. Use policy default, fcfs or dynamic, or another method."
+        )
+    if method.window > tokens_per_step:
+        raise ConfigError(
+            f"max_num_batched_tokens is {tokens_per_step}; method {method.name!r} looks at the last {method.window} "
+            f"queries at once, so allowed is at least {method.window}."
+        )

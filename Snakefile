@@ -21,6 +21,18 @@ include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
 
 
+# Seconds each: on a cluster they run where Snakemake does.
+localrules:
+    write_plan,
+    make_table,
+    gate,
+    render_report,
+    plot_throughput,
+    plot_latency,
+    plot_kv_memory,
+    plot_agreement,
+
+
 # The report first, the verdict last: a failed cell never keeps a run from showing what it has.
 rule all:
     default_target: True

@@ -3,7 +3,8 @@
     fake_cell.py PLAN --output ROW
 
 FAKE_FAULTS is a JSON mapping from a part of a cell id to what happens to that cell; every start is noted in
-`measured.txt` in the working directory.
+`measured.txt` in the working directory, and in `devices.txt` which device each had from when to when. It takes
+FAKE_SECONDS.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def measure(source: Path, target: Path) -> None:
     fault = fault_of(cell)
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    with Path("devices.txt").open("a", encoding="utf-8") as note:
+        note.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {started} {time.monotonic()}\n")
     if fault == "hang":
         time.sleep(600)
     made = failed_row(cell, fault, f"injected {fault}") if fault in ("oom", "failed") else row(cell)

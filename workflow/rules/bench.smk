@@ -6,7 +6,9 @@ rule measure_cell:
     input:
         model=model_files,
         proof=greenctx_proof,
-        script=ancient(script("measure_cell.py")),  # ancient: it measures nothing itself
+        # ancient: they measure nothing themselves
+        script=ancient(script("measure_cell.py")),
+        token=ancient(script("gpu_token.py")),
     output:
         "results/cells/{cell}.json",
     log:
@@ -17,9 +19,10 @@ rule measure_cell:
         cell="|".join(CELLS),
     conda:
         "../../envs/cpu.yaml"
-    threads: 64  # scaled down to all there are: nothing else runs beside a measurement
+    threads: measuring_threads
     resources:
         gpu=1,
+        runtime=minutes_of_cell,
     params:
         cell=lambda wildcards: json.dumps(
             CELLS[wildcards.cell].to_dict(), sort_keys=True

@@ -35,6 +35,21 @@ shell.prefix(
 )
 
 
+# How many cells may be measured at once: `--resources gpu=4` on a machine with four GPUs, one cell on each.
+GPUS = max(1, getattr(workflow.global_resources.get("gpu"), "value", None) or 1)
+
+
+def measuring_threads(wildcards):
+    """A cell on a GPU has its share of the cores; any other has all there are, so that nothing runs beside it."""
+    on_gpu = GPUS > 1 and CELLS[wildcards.cell].device != "cpu"
+    return max(1, workflow.cores // GPUS) if on_gpu else 64  # scaled down to --cores
+
+
+def minutes_of_cell(wildcards):
+    """For a cluster's time limit: what the cell itself is allowed, and a start on a cold file system."""
+    return int(CELLS[wildcards.cell].timeout_s / 60) + 6
+
+
 # `results` is this run; `results/recorded/NAME` a report made from results/published/NAME.
 wildcard_constraints:
     results=r"results(/recorded/[A-Za-z0-9][A-Za-z0-9._-]*)?",

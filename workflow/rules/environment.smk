@@ -44,7 +44,7 @@ rule verify_greenctx:
     conda:
         "../../envs/cpu.yaml"
     resources:
-        gpu=1,
+        gpu=GPUS,  # it looks at whole devices, and a cell beside it would be disturbed
     message:
         "Proving that a split of the SMs is real"
     shell:

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gpu_token import VARIABLE, take, visible_devices, wanted
+
 from fastcache.bench.matrix import CellConfig
 from fastcache.bench.row import blank_row, failure, write_json
 
@@ -86,6 +88,9 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="what measures a cell")
     args = parser.parse_args()
     cell = CellConfig.from_dict(args.cell)
+    devices = visible_devices() if wanted(cell.device) else []
+    if devices:
+        os.environ[VARIABLE], _token = take(devices)  # the token is given back when this process ends
     started = time.monotonic()
     code = measure(cell, args.plan, args.row, args.command, args.log)
     if code == USER_ERROR:

@@ -1,0 +1,107 @@
+"""Where cells run: one per GPU on a machine with several, and one per job on a cluster."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_token
+import pytest
+import yaml
+from conftest import ROOT
+
+FAKE_SLURM = Path(__file__).with_name("fake_slurm")
+SLURM = ("--workflow-profile", str(ROOT / "workflow/profiles/slurm"))
+
+
+def test_each_cell_has_a_gpu_of_its_own(workplace, succeed, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a,fake-b")
+    monkeypatch.setenv("FAKE_SECONDS", "1")
+    workplace.configure(batch_sizes=[1, 2], engine={"device": "cuda"})
+    succeed(workplace.snakemake("--resources", "gpu=2", "--", "results/rows.jsonl"))
+    used = [line.split() for line in (workplace.folder / "devices.txt").read_text().splitlines()]
+    spans = sorted((name, float(start), float(end)) for name, start, end in used)
+    assert {name for name, *_ in spans} == {"fake-a", "fake-b"} and len(spans) == 4
+    for (name, _, end), (other, start, _) in itertools.pairwise(spans):
+        assert name != other or end <= start
+    starts, ends = zip(*[span[1:] for span in spans], strict=True)
+    assert max(ends) - min(starts) < sum(e - s for s, e in zip(starts, ends, strict=True)), (
+        "never two at once"
+    )
+
+
+def test_a_cell_that_names_its_device_keeps_it(workplace, succeed, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a,fake-b")
+    workplace.configure(variants=["baseline"], engine={"device": "cuda:1"})
+    succeed(workplace.snakemake("--", "results/rows.jsonl"))
+    assert (workplace.folder / "devices.txt").read_text().startswith("fake-a,fake-b ")
+
+
+def test_a_token_is_given_back_by_a_process_that_is_killed(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; import gpu_token\n"
+        "name, token = gpu_token.take(['x'], Path(sys.argv[1])); print(name, flush=True); time.sleep(600)"
+    )
+    path = {"PYTHONPATH": os.pathsep.join((str(ROOT / "workflow/scripts"), os.environ.get("PYTHONPATH", "")))}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], env=os.environ | path, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "x\n"
+    name, second = gpu_token.take(["x", "y"], tmp_path)
+    assert name == "y"
+    second.close()
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    started = time.monotonic()
+    name, first = gpu_token.take(["x", "y"], tmp_path)
+    assert name == "x" and time.monotonic() - started < 5
+    first.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "devices"), [("0,3", ["0", "3"]), ("", []), ("GPU-ab, MIG-c", ["GPU-ab", "MIG-c"])]
+)
+def test_the_devices_are_those_the_user_left_visible(monkeypatch, value, devices):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert gpu_token.visible_devices() == devices
+
+
+def test_the_slurm_profile_plans_every_shipped_gpu_config(workplace, succeed):
+    (workplace.folder / "config.yaml").write_text((ROOT / "config/paper.yaml").read_text())
+    planned = succeed(workplace.snakemake(*SLURM, "--dry-run"))
+    assert re.search(r"^measure_cell +150$", planned, re.MULTILINE)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-ins for SLURM are shell scripts")
+def test_a_run_through_the_slurm_executor_asks_for_what_the_profile_says(workplace, succeed, monkeypatch):
+    """The real executor plugin, with an sbatch that runs the job at once."""
+    place = workplace.folder / "slurm"
+    place.mkdir()
+    monkeypatch.setenv("FAKE_SLURM", str(place))
+    monkeypatch.setenv("PATH", os.pathsep.join((str(FAKE_SLURM), os.environ["PATH"])))
+    succeed(
+        workplace.snakemake(*SLURM, "--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "2")
+    )
+    jobs = [json.loads(line) for line in (place / "jobs.jsonl").read_text().splitlines()]
+    assert (
+        len(jobs) == 2 == len(workplace.rows())
+    )  # the cells alone; tables and figures run where Snakemake does
+    for job in jobs:
+        assert "--gpus=1" in job and "--cpus-per-task=2" in job  # 8, but for the --cores of these tests
+        assert job[job.index("-t") + 1] == str(20 // 60 + 6) and job[job.index("--mem") + 1] == "96000"
+
+
+def test_the_slurm_profile_speaks_of_rules_that_exist():
+    profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/profile.yaml").read_text())
+    rules = "".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    for name in {*profile["set-resources"], *profile["set-threads"]}:
+        assert f"rule {name}:" in rules
+    pins = (ROOT / "envs/slurm.txt").read_text().splitlines()
+    assert {p for p in pins if not p.startswith("#")} <= set((ROOT / "envs/dev.txt").read_text().splitlines())

@@ -35,6 +35,11 @@ class AttentionBackend(ABC):
 
     name: str
     supports_graphs = False
+    keep_lse = False
+    """Whether somebody wants `lse`."""
+    lse: Tensor | None = None
+    """With `keep_lse`, of a backend that can: of the last `run`, each query's softmax denominator as a logarithm to
+    base 2, (rows, H) float32; true for sequences that start in the step, and only up to the last row of these."""
 
     def __init__(self, pool: KVPool, heads: HeadShape) -> None:
         self.pool, self.heads = pool, heads

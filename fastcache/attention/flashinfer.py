@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcache.attention.base import AttentionBackend, HeadShape, page_readers, split_mixed
@@ -147,17 +148,25 @@ class FlashInfer(AttentionBackend):
         if readers < b:
             cu_seqlens = _pinned(host.cu_seqlens_q[readers:] - t)
             self._ragged.plan(cu_seqlens, cu_seqlens, *shape, kv_data_type=dtype, **options)
-            own = self._ragged.run
         if readers:
             cu_seqlens = _pinned(host.cu_seqlens_q[: readers + 1])
             pages = self._pages(host.kv_lens[:readers], host.page_table[:readers])
             options["kv_data_type"] = self.pool.shape.stored
             self._paged.plan(cu_seqlens, *pages, *shape, self.pool.page_size, **options)
         if readers == 0:
-            return lambda layer, q, k, v: own(q, k, v)
+            return lambda layer, q, k, v: self._attend(q, k, v, 0)
         if readers == b:
             return lambda layer, q, k, v: self._read(layer, q)
-        return lambda layer, q, k, v: torch.cat((self._read(layer, q[:t]), own(q[t:], k[t:], v[t:])))
+        return lambda layer, q, k, v: torch.cat(
+            (self._read(layer, q[:t]), self._attend(q[t:], k[t:], v[t:], t))
+        )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows_before: int) -> Tensor:
+        if not self.keep_lse:
+            return self._ragged.run(q, k, v)
+        out, lse = self._ragged.run(q, k, v, return_lse=True)
+        self.lse = F.pad(lse, (0, 0, rows_before, 0))
+        return out
 
     def _read(self, layer: int, q: Tensor) -> Tensor:
         return self._paged.run(q, (self.pool.keys[layer], self.pool.values[layer]))

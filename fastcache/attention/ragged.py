@@ -45,6 +45,11 @@ class RaggedAttention(AttentionBackend):
         self._rows: Rows | None = None  # all tokens of the step, if any of them needs its head's layout
         self._apart: tuple[Tensor, Tensor] | None = None  # tokens for the plain backend, and the others
 
+    @property
+    def lse(self) -> Tensor | None:
+        """Rows of the plain backend are rows of the step only if it serves all of them."""
+        return self.dense.lse if self._rows is None else None
+
     def plan(self, batch: ForwardBatch) -> None:
         host = batch.host
         self.layouts.sync(host.seats, host.layouts)

@@ -51,17 +51,25 @@ class ExpectedAttention(EvictionMethod):
         # One query head of each group at a time: all G at once would need G x T x d floats per KV head.
         groups = cov.unflatten(1, (keys.shape[1], -1)).unbind(2)
         spread = torch.stack([((keys @ group) * keys).sum(-1) for group in groups], dim=2)
-        logits = logits + spread / (2 * keys.shape[-1])
+        return self.weigh((logits + spread / (2 * keys.shape[-1])).flatten(1, 2), kv)
+
+    def weigh(self, logits: Tensor, kv: LayerKV) -> Tensor:
+        """(B, Hk, T) from the expected logits (B, H, T)."""
+        logits = logits.unflatten(1, (kv.keys.shape[1], -1))
         candidates = kv.valid & (kv.positions >= self.n_sink)
         weights = logits.masked_fill(~candidates[:, :, None], -torch.inf).softmax(-1).mean(2)
         return (weights + self.epsilon) * torch.linalg.vector_norm(kv.values, dim=-1, dtype=torch.float32)
 
+    def future_rotation(self, kv: LayerKV) -> tuple[Tensor, Tensor]:
+        """Mean cosine and sine, each (B, 1, d / 2), over the positions that are to come."""
+        future = kv.lengths[:, None] + torch.arange(self.n_future, device=kv.lengths.device)
+        angles = future[:, None, :, None] * kv.inv_freq
+        return angles.cos().mean(2), angles.sin().mean(2)
+
     def _future_queries(self, kv: LayerKV) -> tuple[Tensor, Tensor]:
         """Mean (B, H, d) and covariance (B, H, d, d) of the queries under R, the mean rotation over positions
         N, ..., N + n_future - 1 of each sequence: R mu and R C R^T."""
-        future = kv.lengths[:, None] + torch.arange(self.n_future, device=kv.lengths.device)
-        angles = future[:, None, :, None] * kv.inv_freq
-        cos, sin = angles.cos().mean(2), angles.sin().mean(2)  # (B, 1, d / 2)
+        cos, sin = self.future_rotation(kv)
         half_rotated = _rotate(kv.query_cov, cos[:, :, None], sin[:, :, None])
         cov = _rotate(half_rotated.transpose(-1, -2), cos[:, :, None], sin[:, :, None])
         return _rotate(kv.query_mean, cos, sin), cov

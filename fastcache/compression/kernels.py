@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastcache.compression import base
+from fastcache.compression import base, observe
 from fastcache.compression.base import EvictionMethod, LayerKV
 
 Importance = Callable[[EvictionMethod, LayerKV], Tensor]
@@ -20,11 +20,14 @@ Importance = Callable[[EvictionMethod, LayerKV], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """`select` as `base.select`; `repack` as `repack_triton.repack_packed`, None where there is only torch's."""
+    """`select` as `base.select`; `repack` as `repack_triton.repack_packed`, None where there is only torch's;
+    `attention_mass` and `query_statistics` as in `observe`."""
 
     name: str
     select: Callable[..., Tensor]
     repack: Callable[..., None] | None = None
+    attention_mass: Callable[..., Tensor] = observe.attention_mass
+    query_statistics: Callable[..., tuple[Tensor, Tensor]] = observe.query_statistics
     importance: Mapping[str, Importance] = field(default_factory=dict)
 
     def score(self, method: EvictionMethod, kv: LayerKV) -> Tensor:
@@ -39,11 +42,27 @@ def kernels_for(device: torch.device) -> Kernels:
     """The fastest that this device and installation have."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return TORCH
-    from fastcache.compression import keydiff_triton, repack_triton, select_triton, window_triton
+    from fastcache.compression import (
+        expected_attention_triton,
+        keydiff_triton,
+        observe_triton,
+        repack_triton,
+        select_triton,
+        window_triton,
+    )
 
     fast = {
+        "expected_attention": expected_attention_triton.expected_attention,
+        "expected_attention_eps": expected_attention_triton.expected_attention,
         "keydiff": keydiff_triton.keydiff,
         "snapkv": window_triton.snapkv,
         "tova": window_triton.tova,
     }
-    return Kernels("triton", select_triton.select, repack_triton.repack_packed, fast)
+    return Kernels(
+        "triton",
+        select_triton.select,
+        repack_triton.repack_packed,
+        observe_triton.attention_mass,
+        observe_triton.query_statistics,
+        fast,
+    )

@@ -44,7 +44,7 @@ class Admission:
             return []
         limit = seq.num_tokens - 1
         if self.demand.kept(seq):
-            limit = min(limit, seq.request.compress_at - self.demand.compression.tail)
+            limit = min(limit, seq.request.compress_at - self.demand.tail(seq))
         if seq.request.logprobs_from is not None:
             limit = min(limit, seq.request.logprobs_from)  # a row that is read has to be computed
         return self.prefix.match(seq.content, limit)

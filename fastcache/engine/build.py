@@ -115,6 +115,7 @@ def build(config: EngineConfig) -> Parts:
     allocator = PageAllocator(pool.num_pages)
     plan = method_plan(config, method, shape) if method is not None else None
     backend = select_backend(config.attention_backend, pool, heads, device)
+    backend.keep_lse = method is not None and "attention_mass" in method.needs
     ragged = config.compression is not None and config.compression.head_budgets is not None
     if ragged:
         backend = with_layouts(

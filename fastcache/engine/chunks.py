@@ -35,15 +35,14 @@ class Chunks:
         """
         if seq.decoding or seq.to_compress:
             return None
-        kept, target, tail = self.demand.kept(seq), seq.num_tokens, 0
-        if kept:
-            target, tail = seq.request.compress_at, self.demand.compression.tail
+        kept, tail = self.demand.kept(seq), self.demand.tail(seq)
+        target = seq.request.compress_at if kept else seq.num_tokens
         left = target - seq.num_computed
         if left > budget and not split and left <= self.limits.max_num_batched_tokens:
             return None
         length = min(left, budget)
         if 0 < left - length < tail:
-            length = left - tail  # the method must see its whole window in one chunk
+            length = left - tail  # the method must see all that it looks at in one chunk
         defer = kept > 0 and length == left and defer
         if length < left or defer:
             kept = 0

@@ -14,11 +14,12 @@ from fastcache.compression.repack import repack_heads, repack_layer, repack_pack
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
-from fastcache.engine.work import Packed, Work, page_tables, window_rows
+from fastcache.engine.work import Computed, Packed, Rotation, Work, page_tables, window_rows
 from fastcache.kvcache.head_layout import HeadLayout, HeadRows
 from fastcache.kvcache.pool import KVPool
 
-SUPPORTED_NEEDS = frozenset({"keys", "values", "window_queries", "replay_scores"})
+# What only the prefill itself can tell, and only about a context whose queries are all computed in one step.
+NEEDS_ALL_QUERIES = frozenset({"attention_mass", "query_stats"})
 
 
 class MethodPlan:
@@ -32,10 +33,13 @@ class MethodPlan:
         head_budgets: HeadBudgets | None = None,
     ) -> None:
         self.method, self.ratio = method, compression_ratio
-        self.tail = max(method.window, 1)
+        self._whole = bool(method.needs & NEEDS_ALL_QUERIES)
         self.replays = "replay_scores" in method.needs
         self._page_size, self._budgets = page_size, head_budgets
         self._layouts: dict[int, HeadLayout] = {}  # by length: sequences of one length share theirs
+
+    def tail(self, num_tokens: int) -> int:
+        return num_tokens if self._whole else max(self.method.window, 1)
 
     def kept(self, num_tokens: int) -> int:
         keep = budget(num_tokens, self.ratio)
@@ -54,29 +58,31 @@ class MethodPlan:
 
 
 class LayerCompressor:
-    """Scores, selects and repacks one layer of n sequences at once."""
+    """Scores, selects and repacks one layer of n sequences at once. rotation: for methods that need query_stats."""
 
-    def __init__(self, method: EvictionMethod, pool: KVPool, num_layers: int) -> None:
-        self.method, self.pool, self.num_layers = method, pool, num_layers
+    def __init__(
+        self, method: EvictionMethod, pool: KVPool, num_layers: int, rotation: Rotation | None
+    ) -> None:
+        self.method, self.pool, self.num_layers, self.rotation = method, pool, num_layers, rotation
         self.kernels = kernels_for(pool.device)
 
     def stored(self, layer: int, work: Work, queries: Tensor | None, replayed: Tensor | None = None) -> None:
         """Contexts out of their pages. queries: (n, H, w, d), replayed: (n, Hk, T), for methods that need them."""
         keys, values = self.pool.gather(layer, work.table, work.max_length)
-        heads, kept = self._kept(layer, work, keys, values, queries, replayed)
+        seen = {"window_queries": queries, "replay_scores": replayed}
+        heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is None:
             repack_layer(self.pool, layer, keys, values, kept, work.fresh)
         else:
             repack_heads(self.pool, heads, keys, values, kept, work.fresh)
 
-    def packed(
-        self, layer: int, work: Work, where: Packed, k: Tensor, v: Tensor, queries: Tensor | None
-    ) -> None:
-        """Contexts out of a step's own k and v, (T, Hk, d)."""
-        needs, longest = self.method.needs, work.max_length
+    def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
+        """Contexts out of what the step has computed."""
+        needs, longest, k, v = self.method.needs, work.max_length, step.k, step.v
         keys = where.padded(k, longest) if "keys" in needs else where.shaped(k, longest)
         values = where.padded(v, longest) if "values" in needs else None
-        heads, kept = self._kept(layer, work, keys, values, queries)
+        seen = {"window_queries": queries, **self._observed(work, where, step, keys)}
+        heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is not None:
             keys, values = where.padded(k, longest), where.padded(v, longest)
             repack_heads(self.pool, heads, keys, values, kept, work.fresh)
@@ -86,29 +92,30 @@ class LayerCompressor:
             pages = self.pool.keys[layer], self.pool.values[layer]
             self.kernels.repack(*pages, k, v, where.starts, kept, work.fresh)
 
+    def _observed(self, work: Work, where: Packed, step: Computed, keys: Tensor) -> dict[str, Tensor]:
+        """What the method must know of all queries, as fields of `LayerKV`."""
+        needs, longest = self.method.needs, work.max_length
+        if not needs & NEEDS_ALL_QUERIES:
+            return {}
+        queries, seen = where.padded(step.q, longest), {}
+        if "attention_mass" in needs:
+            keys = where.padded(step.k, longest)
+            lse = None if step.lse is None else where.padded(step.lse, longest)
+            seen["attention_mass"] = self.kernels.attention_mass(queries, keys, work.lengths, lse)
+        if "query_stats" in needs:
+            cos_sin, sinks = self.rotation.cos_sin, self.method.n_sink
+            mean, cov = self.kernels.query_statistics(queries, work.lengths, cos_sin, sinks)
+            seen |= {"query_mean": mean, "query_cov": cov, "inv_freq": self.rotation.inv_freq}
+        return seen
+
     def _kept(
-        self,
-        layer: int,
-        work: Work,
-        keys: Tensor,
-        values: Tensor | None,
-        queries: Tensor | None,
-        replayed: Tensor | None = None,
+        self, layer: int, work: Work, keys: Tensor, values: Tensor | None, seen: dict[str, Tensor | None]
     ) -> tuple[HeadRows | None, Tensor]:
-        """The layer's head budgets, if it has any, and the kept positions (n, Hk, K)."""
+        """The layer's head budgets, if it has any, and the kept positions (n, Hk, K). seen: fields of `LayerKV`."""
         heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
         budgets = work.budgets if heads is None else heads.kept
         largest = work.max_budget if heads is None else work.longest[layer]
-        view = LayerKV(
-            layer,
-            self.num_layers,
-            keys,
-            values,
-            work.lengths,
-            budgets,
-            window_queries=queries,
-            replay_scores=replayed,
-        )
+        view = LayerKV(layer, self.num_layers, keys, values, work.lengths, budgets, **seen)
         scores = self.kernels.score(self.method, view)
         return heads, self.kernels.select(scores, work.lengths, budgets, largest)
 
@@ -128,9 +135,10 @@ class InlineCompressor:
         num_layers: int,
         stream: torch.cuda.Stream | None = None,
         layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
+        rotation: Rotation | None = None,
     ) -> None:
         self.method, self.pool, self.layout = method, pool, layout
-        self.layers = LayerCompressor(method, pool, num_layers)
+        self.layers = LayerCompressor(method, pool, num_layers, rotation)
         self.stream = stream
         self.timed = False
         self.spans: list[
@@ -165,32 +173,34 @@ class InlineCompressor:
             [self.layout(chunk.seq.request.compress_at) for chunk in chunks],
         )
 
-    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already."""
+    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> None:
+        """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already.
+        lse: the backend's."""
+        step = Computed(q, k, v, lse)
         if self.stream is None:
             if not self.timed:
-                self._compress(layer, q, k, v)
+                self._compress(layer, step)
                 return
             self.spans.append(Span(self.pool.device))
             self.spans[-1].start()
-            self._compress(layer, q, k, v)
+            self._compress(layer, step)
             self.spans[-1].stop()
             return
-        hand_over(torch.cuda.current_stream(), self.stream, q, k, v)
+        hand_over(torch.cuda.current_stream(), self.stream, *step.tensors)
         with torch.cuda.stream(self.stream):
-            self._compress(layer, q, k, v)
+            self._compress(layer, step)
 
     def finish(self) -> None:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
         if self.stream is not None:
             hand_over(self.stream, torch.cuda.current_stream())
 
-    def _compress(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _compress(self, layer: int, step: Computed) -> None:
         for work, where in self._works:
             queries = None
             if "window_queries" in self.method.needs:
-                queries = q[work.window_rows].transpose(1, 2)
+                queries = step.q[work.window_rows].transpose(1, 2)
             if where is None:
                 self.layers.stored(layer, work, queries)
             else:
-                self.layers.packed(layer, work, where, k, v, queries)
+                self.layers.packed(layer, work, where, step, queries)

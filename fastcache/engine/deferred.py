@@ -64,7 +64,7 @@ class DeferredCompressor:
         layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
     ) -> None:
         self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
-        self.layers = LayerCompressor(method, pool, num_layers)
+        self.layers = LayerCompressor(method, pool, num_layers, None)
         self.stream = stream
         self._rows: Tensor | None = None
         self._layers: list[Tensor] = []
@@ -81,7 +81,7 @@ class DeferredCompressor:
             self._seen[step.chunks[row].seq] = _Seen(self._layers, place)
         return True
 
-    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> None:
         """q: (T, H, d), the step's rotated queries; its keys and values are stored."""
         self._layers.append(q[self._rows])
 

@@ -12,8 +12,9 @@ from fastcache.kvcache.slots import pages_for
 class CompressionPlan(Protocol):
     """What the scheduler must know of a method: numbers only."""
 
-    tail: int
-    """How many of the context's last tokens must be computed in one chunk, for the method to see them."""
+    def tail(self, num_tokens: int) -> int:
+        """How many of the last tokens of a context must be computed in one chunk, for the method to see them."""
+        ...
 
     replays: bool
     """The method reads the whole stored context again, so it must be there."""
@@ -70,6 +71,10 @@ class PageDemand:
 
     def _pages(self, layout: HeadLayout | None, kv_len: int) -> int:
         return pages_for(kv_len, self.page_size) if layout is None else layout.pages(kv_len - layout.longest)
+
+    def tail(self, seq: Sequence) -> int:
+        """How many of the last tokens of the context of `seq` must be computed in one chunk."""
+        return self.compression.tail(seq.request.compress_at) if self.kept(seq) else 1
 
     def direct(self, seq: Sequence) -> bool:
         """Whether the context of `seq` is sure to be compressed without being stored whole."""

@@ -110,6 +110,12 @@ class LLM(Offline):
             0 <= request.compress_at <= seq.prompt_len,
             f"context_len is {request.context_len}; allowed is 0 to the prompt's {seq.prompt_len} tokens.",
         )
+        at_once, step = self._scheduler.demand.tail(seq), self._scheduler.limits.max_num_batched_tokens
+        require(
+            at_once <= step,
+            f"the compression method must see {at_once} tokens of a prompt in one step, and max_num_batched_tokens is "
+            f"{step}. Raise it to at least {at_once}, shorten the context, or use another method.",
+        )
         demand, have = self._scheduler.demand, self._scheduler.allocator.num_pages - 1
         need = demand.peak(seq, request.sampling.max_tokens)
         if need > have:

@@ -9,14 +9,16 @@ import torch
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.config import EngineConfig
-from fastcache.engine.compressor import SUPPORTED_NEEDS, InlineCompressor, MethodPlan
+from fastcache.engine.compressor import InlineCompressor, MethodPlan
 from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_prompt
 from fastcache.engine.replay_compressor import ReplayCompressor
+from fastcache.engine.work import Rotation
 from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.models.config import ModelConfig
 from fastcache.models.llama import Llama
+from fastcache.models.rope import inverse_frequencies
 from fastcache.tokenizer import Tokenizer
 
 
@@ -34,7 +36,9 @@ def compressors(
     deferred = DeferredCompressor(plan.method, pool, layers, stream, plan.layout)
     if prompt is not None:
         return ReplayCompressor(plan.method, pool, model, prompt, plan.layout), deferred
-    return InlineCompressor(plan.method, pool, layers, stream, plan.layout), deferred
+    frequencies = inverse_frequencies(model.config.rope, model.config.head_dim)
+    rotation = Rotation(model.cos_sin, frequencies.to(model.cos_sin.device))
+    return InlineCompressor(plan.method, pool, layers, stream, plan.layout, rotation), deferred
 
 
 def method_plan(config: EngineConfig, method: EvictionMethod, shape: KVShape) -> MethodPlan:
@@ -67,11 +71,6 @@ def prompt_of(
 
 def check_method(method: Any, tokens_per_step: int, deferred: bool) -> None:
     """Errors: `UnsupportedCombination`, `ConfigError` for what a method wants and this engine does not give."""
-    missing = method.needs - SUPPORTED_NEEDS
-    if missing:
-        raise UnsupportedCombination(
-            f"method {method.name!r} needs {', '.join(sorted(missing))}, which the engine does not collect."
-        )
     kept_needs = method.needs - DEFERRABLE_NEEDS
     if deferred and kept_needs:
         raise UnsupportedCombination(

@@ -42,7 +42,7 @@ class ReplayCompressor(InlineCompressor):
         ]
         return bool(self._contexts)
 
-    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> None:
         """Nothing to see yet: what the step stores is read when all its layers are there."""
 
     def finish(self) -> None:

@@ -139,7 +139,7 @@ class Runner:
                 self.backend.store(layer, k, v, batch.slot_mapping)
             out = self.backend.run(layer, q, k, v)
             for each in watching:
-                each.layer(layer, q, k, v)
+                each.layer(layer, q, k, v, self.backend.lse)
             return out
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)

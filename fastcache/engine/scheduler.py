@@ -9,6 +9,7 @@ can be planned before the previous one's tokens are known to the host.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 
@@ -107,7 +108,8 @@ class Scheduler:
         return Step(tuple(chunks), decode=True) if chunks else None
 
     def _prefill(self, turn: Turn) -> Step | None:
-        tail = self.compression.tail if self.compression else 1
+        unfinished = (seq for seq in self.running if not (seq.decoding or seq.to_compress))
+        tail = max(map(self.demand.tail, (*unfinished, *itertools.islice(self.waiting, 1))), default=1)
         limit, riders, chunks = self.limits.max_num_batched_tokens, [], []
         if turn.together:
             riders = self._decode(limit - tail)

@@ -92,3 +92,25 @@ class Packed:
     def shaped(self, x: Tensor, longest: int) -> Tensor:
         """What has the shape of `padded`, without its content."""
         return x[:1].transpose(0, 1)[None].expand(len(self.starts), -1, longest, -1)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a model rotates. cos_sin: (max_positions, 2, d / 2); inv_freq: (d / 2,), both float32 on the device."""
+
+    cos_sin: Tensor
+    inv_freq: Tensor
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One layer of a step: rotated q (T, H, d), k and v (T, Hk, d), and the backend's `lse`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.q, self.k, self.v, self.lse) if x is not None]

@@ -97,6 +97,96 @@ def test_fast_scores_keep_the_reference_s_sets(name, dtype, lengths):
             assert (row_scores[position] - cut).abs() <= 1e-3 * cut.abs() + 1e-9
 
 
+def watched(dtype, heads=8, kv_heads=2, size=128, lengths=(700, 1000, 64)):
+    """Queries (3, H, T, d) and keys (3, Hk, T, d) as slices of one projection, lengths, and a rotary table."""
+    from fastcache.models.config import RopeConfig
+    from fastcache.models.rope import rotary_table
+
+    torch.manual_seed(3)
+    longest = max(lengths)
+    qkv = torch.randn(3, longest, heads + 2 * kv_heads, size, device=CUDA)
+    qkv += torch.randn(heads + 2 * kv_heads, size, device=CUDA)
+    qkv = qkv.to(dtype).transpose(1, 2)
+    table = rotary_table(RopeConfig(1e6), size, 2048, CUDA)
+    return qkv[:, :heads], qkv[:, heads : heads + kv_heads], torch.tensor(lengths, device=CUDA), table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_mass_equals_the_reference(dtype):
+    from fastcache.compression import observe
+
+    queries, keys, lengths, _ = watched(dtype)
+    want = observe.attention_mass(queries, keys, lengths)
+    got = kernels().attention_mass(queries, keys, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.allclose(got[row, :, :length], want[row, :, :length], rtol=2e-3, atol=1e-4)
+        assert torch.allclose(got[row, :, :length].sum(-1), lengths[row].float().expand(8), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_query_statistics_equal_the_reference(dtype):
+    from fastcache.compression import observe
+
+    queries, _, lengths, table = watched(dtype)
+    want = observe.query_statistics(queries, lengths, table, 4)
+    got = kernels().query_statistics(queries, lengths, table, 4)
+    for one, other in zip(got, want, strict=True):
+        assert ((one - other).norm() / other.norm()).item() < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("name", ["expected_attention", "expected_attention_eps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expected_attention_equals_the_reference(name, dtype):
+    """In float32 up to rounding; with 16-bit keys TF32 products keep 98 % of the sets."""
+    from dataclasses import replace
+
+    from fastcache.compression import base, observe
+    from fastcache.compression.registry import create
+    from fastcache.config import CompressionConfig
+
+    method = create(CompressionConfig(method=name))
+    queries, _, lengths, table = watched(dtype, lengths=(1000, 1000, 1000))
+    kv = layer_of(method, dtype, lengths.tolist(), 0.8)
+    mean, cov = observe.query_statistics(queries, lengths, table, 4)
+    frequencies = 1e6 ** -(torch.arange(64, device=CUDA) / 64)
+    kv = replace(kv, values=kv.keys.flip(-1), query_mean=mean, query_cov=cov, inv_freq=frequencies)
+    want = method.score(replace(kv, keys=kv.keys.float(), values=kv.values.float()))
+    got = kernels().score(method, kv)
+    sets = [
+        base.select(x, kv.lengths, kv.budgets, int(kv.budgets.max())).flatten(0, 1).tolist()
+        for x in (got, want)
+    ]
+    for one, other in zip(*sets, strict=True):
+        assert len(set(one) & set(other)) >= 0.98 * len(other)
+
+
+def test_flashinfer_s_softmax_statistics_are_those_of_the_kernel(folder):
+    """h2o in bfloat16 takes them from the backend: the mass it gets adds up to the number of queries."""
+    llm = LLM(
+        folder,
+        device="cuda",
+        dtype="bfloat16",
+        num_pages=300,
+        max_model_len=512,
+        compression={"method": "h2o", "compression_ratio": 0.5},
+    )
+    layers, seen = llm._runner.compressor.layers, []
+    measure = layers.kernels.attention_mass
+
+    def spy(queries, keys, lengths, lse):
+        assert lse is not None
+        seen.append((measure(queries, keys, lengths, lse), measure(queries, keys, lengths)))
+        return seen[-1][0]
+
+    object.__setattr__(layers.kernels, "attention_mass", spy)
+    prompts = [[(7 * i + j) % 256 for i in range(300)] for j in range(3)]
+    llm.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert seen
+    for got, want in seen:
+        assert torch.allclose(got, want, rtol=2e-2, atol=1e-3)
+        assert torch.allclose(got.sum(-1), torch.full_like(got[..., 0], 300), rtol=1e-2)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
 def test_repack_writes_what_the_reference_writes(stored):
     from fastcache.compression.repack import repack_packed

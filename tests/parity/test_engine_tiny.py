@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastcache import LLM, SamplingParams
+from fastcache.errors import ConfigError
 
 SHAPES = [  # arch, heads, kv_heads, head_dim, hidden, tied
     ("llama", 4, 4, 16, 64, True),
@@ -170,6 +171,47 @@ def test_decode_from_the_compressed_cache_equals_the_oracle(tiny_model, method, 
         assert cut.token_ids == want
         assert (output.metrics.kv_len_before, output.metrics.kv_len_after) == (len(prompt), kept)
     assert llm.stats().compressed_sequences == 3
+
+
+@pytest.mark.parametrize("method", ["expected_attention", "observed_attention", "h2o"])
+@pytest.mark.parametrize("arch,heads,kv_heads", [("llama", 6, 2), ("qwen3", 8, 2)])
+@torch.no_grad()
+def test_methods_that_watch_all_queries_equal_the_oracle(tiny_model, method, arch, heads, kv_heads):
+    """As above, in batches that a step holds in part only. kvpress has no h2o: there its layers are recorded and
+    transformers' cache is cut to what the method keeps of them."""
+    from kvpress_oracle import PRESSES, keep, layer_kv, prefill, record_prefill
+
+    from fastcache.compression.base import budget
+    from fastcache.compression.registry import create
+    from fastcache.config import CompressionConfig
+
+    folder = tiny_model(arch, heads, kv_heads, 16, 48, 3, False)
+    prompts, ratio, count = prompts_of([90, 133, 75], seed=7), 0.7, 20
+    options = {"compression": {"method": method, "compression_ratio": ratio}}
+    _, outputs = run(folder, prompts, count, **options)
+    apart = run(folder, prompts, count, max_num_batched_tokens=140, policy="dynamic", **options)[1]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for prompt, output, other in zip(prompts, outputs, apart, strict=True):
+        if PRESSES[method] is not None:
+            cache = prefill(model, prompt, PRESSES[method](ratio))
+        else:
+            cache, ours = DynamicCache(), create(CompressionConfig(method=method))
+            model(torch.tensor([prompt]), past_key_values=cache)
+            for layer, record in zip(cache.layers, record_prefill(model, prompt), strict=True):
+                kept = keep(ours, layer_kv([record], ours, [budget(len(prompt), ratio)]))[1]
+                index = kept[..., None].expand(-1, -1, -1, 16)
+                layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        first = model(torch.tensor([prompt])).logits[0, -1].argmax().item()
+        assert output.token_ids == other.token_ids == decode(model, cache, first, len(prompt), count)
+
+
+def test_a_context_longer_than_a_step_is_refused_where_all_queries_are_watched(tiny_model):
+    folder = tiny_model("qwen3", 8, 2, 16, 48, 3, False)
+    options = {"device": "cpu", "num_pages": 100, "max_num_batched_tokens": 64}
+    llm = LLM(folder, **options, compression={"method": "h2o", "compression_ratio": 0.5})
+    with pytest.raises(ConfigError, match=r"see 100 tokens .* max_num_batched_tokens is 64"):
+        llm.generate(prompts_of([100]), greedy(2))
+    assert llm.generate(prompts_of([64]), greedy(2))[0].metrics.compressed
 
 
 def decode(model, cache: DynamicCache, token: int, position: int, count: int) -> list[int]:

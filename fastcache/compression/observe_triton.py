@@ -1,0 +1,211 @@
+"""`observe.py` as Triton kernels. Any strides, as long as a head's numbers lie side by side."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+SHARES = 2  # programs that share the queries of one head's statistics
+
+
+@triton.jit
+def _tile(ptr, entry, length, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(entries, d), zero from `length` on."""
+    d = tl.arange(0, BLOCK_D)
+    inside = (entry < length)[:, None] & (d < DIM)[None, :]
+    return tl.load(ptr + entry[:, None].to(tl.int64) * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _lse_kernel(
+    q_ptr,
+    k_ptr,
+    lengths_ptr,
+    lse_ptr,
+    heads,
+    group,
+    padded,
+    q_batch,
+    q_head,
+    q_entry,
+    k_batch,
+    k_head,
+    k_entry,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The softmax denominator of a block of queries, as a logarithm to base 2."""
+    batch, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    q = _tile(q_ptr + batch * q_batch + head * q_head, m, length, q_entry, DIM, BLOCK_D)
+    key_ptr = k_ptr + batch * k_batch + head // group * k_head
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tl.minimum((tl.program_id(1) + 1) * BLOCK, length), BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        k = _tile(key_ptr, n, length, k_entry, DIM, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(n[None, :] <= m[:, None], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), axis=1)
+        top = higher
+    out = lse_ptr + tl.program_id(0).to(tl.int64) * padded
+    tl.store(out + m, top + tl.log2(total), mask=m < length)
+
+
+@triton.jit
+def _mass_kernel(
+    q_ptr,
+    k_ptr,
+    lengths_ptr,
+    lse_ptr,
+    mass_ptr,
+    heads,
+    group,
+    padded,
+    q_batch,
+    q_head,
+    q_entry,
+    k_batch,
+    k_head,
+    k_entry,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The mass of a block of keys under one query head: over all queries behind them. Early blocks see the most
+    queries and come first."""
+    pair = tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    first = tl.program_id(1) * BLOCK
+    n = first + tl.arange(0, BLOCK)
+    k = _tile(k_ptr + batch * k_batch + head // group * k_head, n, length, k_entry, DIM, BLOCK_D)
+    query_ptr = q_ptr + batch * q_batch + head * q_head
+    lse_ptr += pair * padded
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, length, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        q = _tile(query_ptr, m, length, q_entry, DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + m, mask=m < length, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :]
+        total += tl.sum(tl.exp2(tl.where(n[:, None] <= m[None, :], s, float("-inf"))), axis=1)
+    tl.store(mass_ptr + pair * padded + n, total, mask=n < padded)
+
+
+def attention_mass(queries: Tensor, keys: Tensor, lengths: Tensor, lse: Tensor | None = None) -> Tensor:
+    """As `observe.attention_mass`; with `lse` in one pass over queries and keys, else in two."""
+    batch, heads, padded, dim = queries.shape
+    assert queries.stride(3) == keys.stride(3) == 1
+    wide = queries.dtype.itemsize > 2
+    block = 32 if wide else 128
+    grid = (batch * heads, triton.cdiv(padded, block))
+    shape = (heads, heads // keys.shape[1], padded)
+    numbers = (*shape, *queries.stride()[:3], *keys.stride()[:3], dim**-0.5 * LOG2_E)
+    sizes = {
+        "DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK": block,
+        "num_warps": 4 if wide else 8,
+        "num_stages": 1 if wide else 3,
+    }
+    if lse is None:
+        lse = torch.empty((batch, heads, padded), dtype=torch.float32, device=keys.device)
+        _lse_kernel[grid](queries, keys, lengths, lse, *numbers, **sizes)
+    mass = torch.empty((batch, heads, padded), dtype=torch.float32, device=keys.device)
+    _mass_kernel[grid](queries, keys, lengths, lse.contiguous(), mass, *numbers, **sizes)
+    return mass
+
+
+@triton.jit
+def _moments_kernel(
+    q_ptr,
+    lengths_ptr,
+    cos_sin_ptr,
+    sums_ptr,
+    moments_ptr,
+    heads,
+    skipped,
+    q_batch,
+    q_head,
+    q_entry,
+    WIDE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """Sums of one share of a head's unrotated queries u and of their products u u^T, by halves of the head."""
+    pair, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    query_ptr = q_ptr + batch * q_batch + head * q_head
+    d = tl.arange(0, BLOCK_D)
+    one_sum, two_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    one_one = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    one_two = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    two_two = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    each = tl.cdiv(length, SHARES)
+    end = tl.minimum(share * each + each, length)
+    for start in range(share * each, end, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        inside = ((m >= skipped) & (m < end))[:, None] & (d < HALF)[None, :]
+        place = m[:, None].to(tl.int64) * q_entry + d[None, :]
+        a = tl.load(query_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(query_ptr + HALF + place, mask=inside, other=0.0).to(tl.float32)
+        angle = m[:, None].to(tl.int64) * (2 * HALF) + d[None, :]
+        cos = tl.load(cos_sin_ptr + angle, mask=inside, other=0.0)
+        sin = tl.load(cos_sin_ptr + HALF + angle, mask=inside, other=0.0)
+        one, two = a * cos + b * sin, b * cos - a * sin
+        if not WIDE:
+            one, two = one.to(q_ptr.dtype.element_ty), two.to(q_ptr.dtype.element_ty)
+        one_sum += tl.sum(one.to(tl.float32), axis=0)
+        two_sum += tl.sum(two.to(tl.float32), axis=0)
+        one_one = tl.dot(tl.trans(one), one, one_one, input_precision="ieee")
+        one_two = tl.dot(tl.trans(one), two, one_two, input_precision="ieee")
+        two_two = tl.dot(tl.trans(two), two, two_two, input_precision="ieee")
+    sums_ptr += (pair * SHARES + share) * (2 * HALF)
+    tl.store(sums_ptr + d, one_sum, mask=d < HALF)
+    tl.store(sums_ptr + HALF + d, two_sum, mask=d < HALF)
+    moments_ptr += (pair * SHARES + share) * (4 * HALF * HALF)
+    row, column = d[:, None] * (2 * HALF), d[None, :]
+    inside = (d < HALF)[:, None] & (d < HALF)[None, :]
+    tl.store(moments_ptr + row + column, one_one, mask=inside)
+    tl.store(moments_ptr + row + HALF + column, one_two, mask=inside)
+    tl.store(moments_ptr + row + 2 * HALF * HALF + column, tl.trans(one_two), mask=inside)
+    tl.store(moments_ptr + row + 2 * HALF * HALF + HALF + column, two_two, mask=inside)
+
+
+def query_statistics(queries: Tensor, lengths: Tensor, cos_sin: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """As `observe.query_statistics`; 16-bit queries are rounded to 16 bits again once rotated back."""
+    batch, heads, _, dim = queries.shape
+    assert queries.stride(3) == 1
+    device, wide = queries.device, queries.dtype.itemsize > 2
+    sums = torch.empty((batch, heads, SHARES, dim), dtype=torch.float32, device=device)
+    moments = torch.empty((batch, heads, SHARES, dim, dim), dtype=torch.float32, device=device)
+    _moments_kernel[(batch * heads, SHARES)](
+        queries,
+        lengths,
+        cos_sin,
+        sums,
+        moments,
+        heads,
+        first,
+        *queries.stride()[:3],
+        WIDE=wide,
+        HALF=dim // 2,
+        BLOCK_D=max(16, triton.next_power_of_2(dim // 2)),
+        BLOCK=32 if wide else 64,
+        SHARES=SHARES,
+        num_warps=4,
+    )
+    count = (lengths - first).clamp(min=1)[:, None, None]
+    mean = sums.sum(2) / count
+    return mean, moments.sum(2).div_(count[..., None]).sub_(mean[..., None] * mean[..., None, :])

@@ -5,11 +5,13 @@ What `matrix` says about the config's form holds here; an unknown key is an erro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fastcache.bench import models
-from fastcache.bench.cellconfig import GREENCTX_VARIANTS, WorkloadConfig
+from fastcache.bench.cellconfig import GREENCTX_VARIANTS
+from fastcache.bench.workloadconfig import WorkloadConfig
 from fastcache.config import VARIANTS, one_of, open_interval, positive_int, require
 from fastcache.errors import ConfigError, UnknownName
 
@@ -21,6 +23,7 @@ MATRIX_KEYS = (
     "batch_sizes",
     "compression_factors",
     "greenctx",
+    "policies",
     "engine",
     "measure",
 )
@@ -36,6 +39,7 @@ ENGINE_KEYS = (
     "enable_prefix_caching",
     "attention_backend",
     "enforce_eager",
+    "immediate_release",
 )
 MEASURE_KEYS = ("repeats", "warmup", "seed", "timeout_s")
 # Keys of a workload entry that say with what its requests are combined, not what they are.
@@ -46,6 +50,7 @@ WORKLOAD_AXES = (
     "methods",
     "compression_factors",
     "greenctx",
+    "policies",
     "engine",
     "measure",
 )
@@ -80,10 +85,12 @@ def product(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             point = engine | measure | of_model | of_workload | source | {"workload": workload}
             variants = _names("variant", _list(axes, "variants", VARIANTS), VARIANTS)
             compressions, splits = list(_compressions(axes)), list(_splits(axes))
-            for size in _batch_sizes(config, name, entry, own.get("batch_sizes")):
-                yield point | {"batch_size": size, "variant": "baseline"}
+            sizes = _batch_sizes(config, name, entry, own.get("batch_sizes"))
+            for size, policy in itertools.product(sizes, _list(axes, "policies", ("default",))):
+                here = point | {"batch_size": size, "policy": policy}
+                yield here | {"variant": "baseline"}
                 for variant in variants:
-                    yield from _variants(point | {"batch_size": size}, variant, compressions, splits)
+                    yield from _variants(here, variant, compressions, splits)
 
 
 def _variants(
@@ -157,7 +164,7 @@ def _compressions(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _splits(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    section = _section(config, "greenctx", ("splits", "main_stream", "require"))
+    section = _section(config, "greenctx", ("splits", "main_stream", "require", "bound"))
     for split in _list(section, "splits", (DEFAULT_SPLIT,)):
         require(isinstance(split, Mapping), "each of greenctx.splits is {compress_ratio, main_ratio}.")
         check_keys("key of greenctx.splits", split, DEFAULT_SPLIT)
@@ -168,6 +175,7 @@ def _splits(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "greenctx_main_ratio": main,
             "greenctx_main_stream": section.get("main_stream", False),
             "require_greenctx": section.get("require", False),
+            "greenctx_bound": section.get("bound", False),
         }
 
 

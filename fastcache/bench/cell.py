@@ -18,7 +18,7 @@ from fastcache.bench import models
 from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.metrics import middle_round, summarise
 from fastcache.bench.prompts import Vocabulary
-from fastcache.bench.rounds import run_batch, run_round, start_to_first_token, warmup_tokens
+from fastcache.bench.rounds import run_round, start_to_first_token, warm_up
 from fastcache.bench.row import PARTITION_FIELDS, blank_row, failure, write_json
 from fastcache.bench.supervise import die_with_parent
 from fastcache.bench.work import utilisation
@@ -38,10 +38,6 @@ log = logging.getLogger(__name__)
 
 NOISY_SPREAD = 0.1
 BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times
-FIXED_POLICY = (
-    "variant {variant!r} ran with the fixed policy: the compression and the SM split of this row were given, "
-    "not decided by the engine"
-)
 
 
 def measure_cell(cell: CellConfig, make_llm: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -76,12 +72,12 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
             vocabulary(llm, facts),
             facts["max_model_len"],
         )
-        for batches in plan.rounds[: cell.warmup]:
-            run_batch(llm, batches[0], warmup_tokens(row["device"]["kind"], batches[0]))
+        warm_up(llm, plan.rounds[: cell.warmup], row["device"]["kind"], cell.tuning != "off")
         others = OtherLoad()
         timed = [run_round(llm, batches) for batches in plan.rounds[cell.warmup :]]
         busy = others.cores()
         memory = peak_memory_bytes(facts["device"])
+        row["decisions"] = llm.decisions() if cell.tuning != "off" else None
     finally:
         llm.close()
     planned = [request for batch in plan.rounds[cell.warmup] for request in batch]
@@ -115,6 +111,7 @@ def engine_options(cell: CellConfig) -> dict[str, Any]:
             main_ratio=cell.greenctx_main_ratio,
             main_stream=cell.greenctx_main_stream,
             require=cell.require_greenctx,
+            bound=cell.greenctx_bound,
         )
     return {
         "model": models.engine_source(cell.model, cell.model_path),
@@ -132,6 +129,9 @@ def engine_options(cell: CellConfig) -> dict[str, Any]:
         "attention_backend": cell.attention_backend,
         "enforce_eager": cell.enforce_eager,
         "seed": cell.seed,
+        "policy": cell.policy,
+        "tuning": cell.tuning,
+        "immediate_release": cell.immediate_release,
         "compression": compression,
         "partition": partition or PartitionConfig(),
     }
@@ -180,9 +180,9 @@ def notes(cell: CellConfig, row: dict[str, Any]) -> list[str]:
     said = []
     if cell.greenctx and not row["greenctx_available"]:
         said.append(f"no green contexts: {row['greenctx_reason']}")
-    if cell.variant in ("auto-tune+greenctx", "triad"):
-        said.append(FIXED_POLICY.format(variant=cell.variant))
-    if cell.compressed and row["uncompressed_requests"]:
+    if row["decisions"] is not None:
+        said += decided(row["decisions"])
+    elif cell.compressed and row["uncompressed_requests"]:
         said.append(f"{row['uncompressed_requests']} requests were not compressed: too short for the method")
     if row["weights"]["kind"] == "dummy":
         said.append("weights are seeded random numbers: speed is meaningful, text is not")
@@ -192,6 +192,17 @@ def notes(cell: CellConfig, row: dict[str, Any]) -> list[str]:
         said.append(
             f"{row['prefix_hit_tokens']} prompt tokens came from the prefix cache and were not computed"
         )
+    return said
+
+
+def decided(decisions: dict[str, Any]) -> list[str]:
+    """The last round's decisions about compression in words, most frequent first."""
+    said = []
+    for each in decisions["decisions"]:
+        if each["about"] == "compression":
+            line = f"{each['count']} requests {each['choice']}: {each['reason']}"
+            point = each["outcome"]["break_even"]
+            said.append(line if point is None else f"{line} (break-even at {point:.0f} output tokens)")
     return said
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fastcache.bench import models
+from fastcache.bench.workloadconfig import WorkloadConfig
 from fastcache.compression.registry import METHODS
 from fastcache.config import (
     DEVICES,
@@ -22,6 +23,7 @@ from fastcache.config import (
     VARIANTS,
     PartitionConfig,
     StrictConfig,
+    check_policy,
     one_of,
     open_interval,
     positive_int,
@@ -30,64 +32,8 @@ from fastcache.config import (
 )
 from fastcache.errors import ConfigError
 
-WORKLOADS = ("synthetic-long", "english-prose", "light-dataset", "heavy-trace")
 MAX_MODEL_LEN = 4096  # tokens per sequence where nothing else is said, as in the guide
 GREENCTX_VARIANTS = ("greenctx-only", "auto-tune+greenctx", "triad")
-
-
-@dataclass(frozen=True)
-class WorkloadConfig(StrictConfig):
-    """Which requests are sent. Lengths are in tokens and are what was asked for; `workload.fit` clips them.
-
-    `num_batches` batches run one after another, each of the cell's `batch_size` requests at once.
-    `token` (synthetic-long) repeats one text; `dialogue` fills prompts with a two-speaker pattern.
-    `dataset_dir` (light-dataset) holds json, jsonl or csv prompt sets; prompts of `min_prompt_tokens` to
-    `context` tokens are used. `trace` (heavy-trace) is a CSV with the columns TIMESTAMP, ContextTokens,
-    GeneratedTokens; rows of at least `min_prompt_tokens` and at most `output` are replayed in order.
-    `images` seeded pictures go with each request, for a model that reads pictures; their tokens count in `context`.
-    """
-
-    name: str
-    context: int = 3072
-    output: int = 512
-    num_batches: int = 1
-    token: str | None = None
-    dialogue: bool = False
-    dataset_dir: str | None = None
-    trace: str | None = None
-    min_prompt_tokens: int | None = None
-    images: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("workload", self.name, WORKLOADS)
-        for name in ("context", "output", "num_batches"):
-            positive_int(f"workload {self.name}: {name}", getattr(self, name))
-        require(
-            isinstance(self.images, int) and not isinstance(self.images, bool) and self.images >= 0,
-            f"workload {self.name}: images is {self.images!r}; allowed is 0 or a positive integer.",
-        )
-        if self.min_prompt_tokens is not None:
-            positive_int(f"workload {self.name}: min_prompt_tokens", self.min_prompt_tokens)
-        require(
-            self.name == "synthetic-long" or not (self.token or self.dialogue),
-            f"workload {self.name!r} takes no `token` or `dialogue`; these belong to 'synthetic-long'.",
-        )
-        require(not (self.token and self.dialogue), "`token` and `dialogue` were both given; give one.")
-        require(self.token != "", "`token` is empty; leave it out for distinct seeded prompts.")
-        require(
-            self.name != "light-dataset" or self.dataset_dir is not None,
-            "workload 'light-dataset' needs `dataset_dir` (--dataset-dir): a folder of json, jsonl, csv.",
-        )
-        require(
-            self.name != "heavy-trace" or self.trace is not None,
-            "workload 'heavy-trace' needs `trace` (--trace-conv): a CSV with the columns TIMESTAMP, "
-            "ContextTokens, GeneratedTokens.",
-        )
-
-    @property
-    def needs_tokenizer(self) -> bool:
-        """Text that must become tokens; seeded token ids and repeated tokens need only a vocabulary size."""
-        return self.name in ("english-prose", "light-dataset") or self.dialogue
 
 
 @dataclass(frozen=True)
@@ -111,7 +57,10 @@ class CellConfig(StrictConfig):
     greenctx_compress_ratio: float | None = None
     greenctx_main_ratio: float | None = None
     greenctx_main_stream: bool = False
+    greenctx_bound: bool = False
     require_greenctx: bool = False
+    policy: str = "default"
+    immediate_release: bool = True
     dtype: str = "auto"
     kv_dtype: str = "auto"
     device: str = "auto"
@@ -156,6 +105,7 @@ class CellConfig(StrictConfig):
             f"timeout_s is {self.timeout_s!r}; allowed is a positive number of seconds.",
         )
         open_interval("gpu_mem_util", self.gpu_mem_util)
+        check_policy(self.policy)
         models.check_source(self.model, self.model_path, self.load_format)
         self._check_compression()
         self._check_partition()
@@ -178,7 +128,8 @@ class CellConfig(StrictConfig):
         ratios = (self.greenctx_compress_ratio, self.greenctx_main_ratio)
         if self.variant not in GREENCTX_VARIANTS:
             require(
-                ratios == (None, None) and not self.greenctx_main_stream and not self.require_greenctx,
+                ratios == (None, None)
+                and not (self.greenctx_main_stream or self.require_greenctx or self.greenctx_bound),
                 f"variant {self.variant!r} uses no green contexts, so it takes no greenctx setting.",
             )
             return
@@ -221,6 +172,10 @@ class CellConfig(StrictConfig):
             parts.append("heads")
         if self.kv_dtype != "auto":
             parts.append(self.kv_dtype)
+        if self.policy != "default":
+            parts.append(self.policy)
+        if not self.immediate_release:
+            parts.append("held")
         if self.num_pages is not None:
             parts.append(f"p{self.num_pages}")
         if self.enable_prefix_caching:
@@ -240,6 +195,11 @@ class CellConfig(StrictConfig):
         return self.variant != "baseline"
 
     @property
+    def tuning(self) -> str:
+        """What the engine decides from measurement (`EngineConfig.tuning`)."""
+        return {"auto-tune+greenctx": "compression", "triad": "all"}.get(self.variant, "off")
+
+    @property
     def greenctx(self) -> bool:
         return self.variant in GREENCTX_VARIANTS
 
@@ -255,6 +215,7 @@ class CellConfig(StrictConfig):
             greenctx_compress_ratio=None,
             greenctx_main_ratio=None,
             greenctx_main_stream=False,
+            greenctx_bound=False,
             require_greenctx=False,
         )
 

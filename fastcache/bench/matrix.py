@@ -9,9 +9,11 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
     methods:      [names, or {name, params, head_budgets}; a model's own list comes before it]
     batch_sizes:  [positive integers; a model's or a workload's own list comes before it]
     compression_factors: [numbers above 1]
-    greenctx:     {splits: [{compress_ratio, main_ratio}], main_stream, require}
+    greenctx:     {splits: [{compress_ratio, main_ratio}], main_stream, require, bound}
+    policies:     [which of prefill, compression and decode runs next: default, fcfs, dynamic, p1c1d8, ...]
     engine:       {dtype, kv_dtype, device, gpu_mem_util, page_size, max_model_len, max_num_batched_tokens,
-                   num_pages, enable_prefix_caching, attention_backend, enforce_eager}
+                   num_pages, enable_prefix_caching, attention_backend, enforce_eager,
+                   immediate_release}
     measure:      {repeats, warmup, seed, timeout_s}
 """
 
@@ -22,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcache.bench.axes import MATRIX_KEYS, check_keys, product
-from fastcache.bench.cellconfig import WORKLOADS, CellConfig, WorkloadConfig
+from fastcache.bench.cellconfig import CellConfig
+from fastcache.bench.workloadconfig import WORKLOADS, WorkloadConfig
 from fastcache.config import VARIANTS, require
 
 __all__ = [
@@ -78,6 +81,11 @@ def impossible(cell: CellConfig) -> tuple[str, str] | None:
         return (
             "no-room-for-a-prompt",
             f"{cell.workload.output} output tokens leave no room in max_model_len {cell.model_len}",
+        )
+    if cell.tuning == "all" and cell.policy != "default":
+        return (
+            "balances-itself",
+            f"variant {cell.variant!r} balances prefill and decode itself, so it takes no policy {cell.policy!r}",
         )
     if cell.workload.needs_tokenizer and cell.model_path is None:
         return (

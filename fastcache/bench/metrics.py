@@ -6,15 +6,17 @@ arithmetic closes: total_tokens / elapsed_s is throughput_tok_s. Percentiles poo
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastcache.results import RequestMetrics, RequestOutput
-from fastcache.stats import EngineStats
+from fastcache.stats import EngineStats, KVSample
 
 SAMPLE_REQUESTS, SAMPLE_TOKENS = 16, 64
+TIMELINE = 64
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,17 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
     values = [r.throughput for r in rounds]
     middle = middle_round(rounds)
     pooled = [output.metrics for r in rounds for output in r.outputs]
+    tpots = [tpot(m) for m in pooled if m.output_tokens > 1]
     return {
         "prompt_tokens": middle.prompt_tokens,
         "output_tokens": middle.output_tokens,
         "total_tokens": middle.prompt_tokens + middle.output_tokens,
         "elapsed_s": middle.elapsed_s,
         "throughput_tok_s": middle.throughput,
-        "prefill_tok_s": _rate(middle.stats.prefill_tokens, middle.stats.prefill_time_s),
-        "decode_tok_s": _rate(middle.stats.decode_tokens, middle.stats.decode_time_s),
+        **stages(middle.stats),
         "ttft_s": percentiles([m.first_token_s - m.arrival_s for m in pooled]),
-        "tpot_s": percentiles([tpot(m) for m in pooled if m.output_tokens > 1]),
+        "tpot_s": percentiles(tpots),
+        "tpot_quantiles_s": [percentile(tpots, 5 * i) for i in range(21)] if tpots else None,
         "repeats": spread(values),
         "images": sum(output.metrics.images for output in middle.outputs),
         "image_tokens": sum(output.metrics.image_tokens for output in middle.outputs),
@@ -70,6 +73,27 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
         "output_sample": output_sample(rounds[0].outputs),
         **compression([output.metrics for output in middle.outputs]),
     }
+
+
+def stages(stats: EngineStats) -> dict[str, Any]:
+    """Rates of pure prefill and decode steps, the time and number of each kind of step, and pages over time."""
+    kinds = ("prefill", "mixed", "compress", "decode")
+    return {
+        "prefill_tok_s": _rate(stats.prefill_tokens - stats.mixed_prefill_tokens, stats.prefill_time_s),
+        "decode_tok_s": _rate(stats.decode_tokens - stats.mixed_decode_tokens, stats.decode_time_s),
+        "stage_s": {kind: getattr(stats, f"{kind}_time_s") for kind in kinds},
+        "steps": {kind: getattr(stats, f"{kind}_steps") for kind in kinds},
+        "kv_timeline": timeline(stats.kv),
+    }
+
+
+def timeline(samples: Sequence[KVSample]) -> dict[str, list[float]] | None:
+    """One list per field of `KVSample`, of at most TIMELINE samples; seconds from the first one."""
+    kept = samples[:: -(-len(samples) // TIMELINE)] if samples else []
+    if not kept:
+        return None
+    columns = {f.name: [getattr(s, f.name) for s in kept] for f in dataclasses.fields(KVSample)}
+    return columns | {"time_s": [round(s.time_s - kept[0].time_s, 4) for s in kept]}
 
 
 def compression(metrics: Sequence[RequestMetrics]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import dataclasses
 import random
 from typing import Any
 
-from fastcache.bench.cellconfig import WorkloadConfig
 from fastcache.bench.prompts import PlannedRequest, Vocabulary
+from fastcache.bench.workloadconfig import WorkloadConfig
 from fastcache.errors import ConfigError, UnsupportedCombination
 
 SIZE = (

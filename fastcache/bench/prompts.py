@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastcache.bench.cellconfig import WorkloadConfig
 from fastcache.bench.datasets import read_prompts, read_trace
+from fastcache.bench.workloadconfig import WorkloadConfig
 from fastcache.errors import DatasetError, UnsupportedCombination
 
 TOPICS = ("weather", "music", "bread", "trains", "rivers", "chess", "gardens", "maps", "birds", "clocks")
@@ -103,8 +103,16 @@ def _synthetic(order: Order) -> Filled:
     if order.workload.dialogue:
         made = [_dialogue(order, i) for i in range(order.count)]
         return order.requests(made), "a seeded two-speaker pattern", []
-    made = [random_ids(order.rng(i), order.context, order.vocabulary.size) for i in range(order.count)]
-    return order.requests(made), "seeded random token ids", []
+    made = [_random(order, number) for number in range(order.count)]
+    return made, "seeded random token ids", []
+
+
+def _random(order: Order, number: int) -> PlannedRequest:
+    """Contents differ between all requests; lengths repeat from round to round, so that rounds are comparable."""
+    workload, lengths = order.workload, order.rng("lengths", number % (order.count // order.rounds))
+    context = lengths.randint(min(workload.min_context or order.context, order.context), order.context)
+    output = lengths.randint(workload.min_output or workload.output, workload.output)
+    return PlannedRequest(random_ids(order.rng(number), context, order.vocabulary.size), output)
 
 
 def _dialogue(order: Order, number: int) -> list[int]:

@@ -15,6 +15,8 @@ from fastcache.config import SamplingParams
 # GPU three: the graph of each batch size is captured at its first decode step. Where requests end at different times
 # more sizes follow, and only a whole round meets them all.
 CPU_WARMUP_TOKENS, GPU_WARMUP_TOKENS = 16, 3
+# Rounds that a tuned engine may take at most to measure its costs, and which part of a batch they run.
+MEASURING_ROUNDS, MEASURING_SHARE = 8, 4
 
 
 def start_to_first_token(llm: Any) -> float | None:
@@ -32,6 +34,20 @@ def warmup_tokens(kind: str, batch: Batch) -> int | None:
         return CPU_WARMUP_TOKENS
     alike = len({(len(request.prompt_token_ids), request.max_tokens) for request in batch}) == 1
     return GPU_WARMUP_TOKENS if alike else None
+
+
+def warm_up(llm: Any, rounds: list[list[Batch]], kind: str, tuned: bool) -> None:
+    """The first batch of each warm-up round. An engine that decides from measurement goes on, with a part of the
+    last batch, until it has measured what it decides from."""
+    for batches in rounds:
+        run_batch(llm, batches[0], warmup_tokens(kind, batches[0]))
+    if not (tuned and rounds):
+        return
+    few = rounds[-1][0][: max(1, len(rounds[-1][0]) // MEASURING_SHARE)]
+    for _ in range(MEASURING_ROUNDS):
+        if llm.decisions()["measured"]:
+            break
+        run_batch(llm, few, CPU_WARMUP_TOKENS)
 
 
 def run_round(llm: Any, batches: list[Batch]) -> Round:

@@ -62,9 +62,10 @@ def utilisation(
     """
     fresh = sum(m.prompt_tokens - m.cached_tokens for m in requests)
     flops = sum(prefill_flops(model, m.cached_tokens, m.prompt_tokens) for m in requests)
-    done = flops * stats.prefill_tokens / fresh if fresh else 0.0
+    done = flops * (stats.prefill_tokens - stats.mixed_prefill_tokens) / fresh if fresh else 0.0
+    alone = 1 - stats.mixed_decode_tokens / max(stats.decode_tokens, 1)  # the rest was decoded in mixed steps
     read = stats.decode_steps * step_bytes(model, facts["dtype"])
-    read += facts["kv_bytes_per_token"] * sum(kv_entries_read(m) for m in requests)
+    read += facts["kv_bytes_per_token"] * sum(kv_entries_read(m) for m in requests) * alone
     return {
         "prefill_mfu": _share(done, stats.prefill_time_s, limits.gemm_flop_s),
         "decode_mbu": _share(read, stats.decode_time_s, limits.copy_bytes_s) if stats.decode_steps else None,

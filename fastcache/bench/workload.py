@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastcache.bench.cellconfig import WorkloadConfig
 from fastcache.bench.pictures import text_tokens, with_pictures
 from fastcache.bench.prompts import Order, PlannedRequest, Vocabulary, fill
+from fastcache.bench.workloadconfig import WorkloadConfig
 from fastcache.errors import PromptTooLong
 
 Batch = list[PlannedRequest]
@@ -44,6 +44,7 @@ def make_plan(
     `UnsupportedCombination` for text without a tokenizer, and those of `pictures.text_tokens`.
     """
     context = fit(workload.context, workload.output, max_model_len)
+    batch_size = workload.requests or batch_size
     needed = rounds * workload.num_batches * batch_size
     text = text_tokens(workload, context, vocabulary)
     requests, source, notes = fill(Order(workload, text, needed, rounds, seed, vocabulary))

@@ -70,6 +70,12 @@ class Tuner:
             self._costs = Costs(fixed, per_byte, per_token, _measured(self._exposed), _measured(self._mixed))
         return self._costs
 
+    @property
+    def measured(self) -> bool:
+        """Whether decisions about compression rest on measurements alone."""
+        known = self.costs.decode_fixed_s is not None and self.costs.prefill_s_per_token is not None
+        return known and self._untried(self._exposed) is None
+
     # -- decisions ---------------------------------------------------------------------------------------------
 
     def admit(self, seq: Sequence, kept: int, sharing: int) -> Decision | None:
@@ -230,6 +236,7 @@ class Tuner:
                 {"about": key[0], "choice": key[1], "reason": key[2], "count": count, **self._first[key]}
                 for key, count in self._counts.most_common()
             ],
+            "measured": self.measured,
             "costs": dataclasses.asdict(self.costs),
             "places": list(self.limits.places),
             "steps": {

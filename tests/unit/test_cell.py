@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -67,6 +68,25 @@ def known_ceilings(monkeypatch):
     monkeypatch.setattr(cell_module.ceilings, "measure", lambda device: Ceilings(1e9, 2e9, "float32"))
 
 
+DECISIONS = {
+    "decisions": [
+        {
+            "about": "compression",
+            "choice": "whole",
+            "reason": "compression costs more than these outputs give back",
+            "count": 4,
+            "inputs": {"context": 40, "kept": 8, "rest": 0, "output": 6, "sharing": 2},
+            "outcome": {"compress": False, "place": "inline", "break_even": 11.6},
+            "costs": {},
+        }
+    ],
+    "measured": True,
+    "costs": {},
+    "places": ["inline"],
+    "steps": {},
+}
+
+
 class FakeLLM:
     """The engine's interface with made-up times; keeps what it was asked."""
 
@@ -126,6 +146,9 @@ class FakeLLM:
             peak_running=3,
         )
 
+    def decisions(self):
+        return None if self.options["tuning"] == "off" else copy.deepcopy(DECISIONS)
+
     def reset_stats(self):
         self.resets = getattr(self, "resets", 0) + 1
 
@@ -152,11 +175,12 @@ def test_every_variant_gives_a_valid_row_that_says_what_ran(variant):
     assert (row["kv_len_before"], row["kv_len_after"]) == (
         (None, None) if variant == "baseline" else (40, 10)
     )
-    assert row["policy"] == (None if variant == "baseline" else "fixed")
-    assert not row["auto_tune"] and not row["auto_dual"]
-    assert any("fixed policy" in note for note in row["notes"]) == (
-        variant in ("auto-tune+greenctx", "triad")
-    )
+    tuned = variant in ("auto-tune+greenctx", "triad")
+    assert row["policy"] == (None if variant == "baseline" else "auto" if tuned else "fixed")
+    assert (row["auto_tune"], row["auto_dual"]) == (tuned, variant == "triad")
+    assert (row["decisions"] is not None) == tuned
+    assert any("4 requests whole: compression costs more" in note for note in row["notes"]) == tuned
+    assert any("break-even at 12 output tokens" in note for note in row["notes"]) == tuned
     assert any("seeded random numbers" in note for note in row["notes"])
 
 

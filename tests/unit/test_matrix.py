@@ -291,3 +291,14 @@ def test_every_field_of_the_schema_says_what_it_means():
 def test_a_cell_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         cell().batch_size = 3
+
+
+def test_policies_are_an_axis_and_each_has_its_own_baseline():
+    cells = expand(
+        {**SMALL_MATRIX, "variants": ["compression-only", "triad"], "policies": ["default", "p1c1d8"]}
+    )
+    assert {c.policy for c in cells.cells if c.variant != "triad"} == {"default", "p1c1d8"}
+    assert {c.policy for c in cells.cells if c.variant == "triad"} == {"default"}
+    assert {e.rule for e in cells.excluded} == {"balances-itself"}
+    by_id = {c.id: c for c in cells.cells}
+    assert all(by_id[c.baseline_id].policy == c.policy for c in cells.cells)

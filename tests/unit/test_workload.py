@@ -250,3 +250,22 @@ def test_pictures_that_cannot_be_had_are_refused():
         plan({**SYNTHETIC, "context": 48, "images": 3}, vocabulary=SEEING)
     with pytest.raises(ConfigError, match="images"):
         plan({**SYNTHETIC, "images": -1})
+
+
+def test_drawn_lengths_stay_in_their_bounds_and_repeat_from_round_to_round():
+    workload = WorkloadConfig("synthetic-long", 90, 12, min_context=20, min_output=3, requests=16)
+    plan = make_plan(workload, 4, 2, 7, Vocabulary(1000, None), 200)
+    first, second = (batches[0] for batches in plan.rounds)
+    lengths = [(len(r.prompt_token_ids), r.max_tokens) for r in first]
+    assert len(first) == 16 and len(set(lengths)) > 8
+    assert all(20 <= context <= 90 and 3 <= output <= 12 for context, output in lengths)
+    assert [(len(r.prompt_token_ids), r.max_tokens) for r in second] == lengths
+    assert first[0].prompt_token_ids != second[0].prompt_token_ids[: len(first[0].prompt_token_ids)]
+
+
+@pytest.mark.parametrize(
+    "values", [{"min_context": 91}, {"min_output": 13}, {"requests": 0}, {"min_context": 0}]
+)
+def test_lengths_that_cannot_be_drawn_are_refused(values):
+    with pytest.raises(ConfigError):
+        WorkloadConfig("synthetic-long", 90, 12, **values)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod
+from fastcache.compression.layer import LayerCompressor
+from fastcache.compression.work import Work, page_tables, to_device, window_rows
 from fastcache.core import HostBatch, Sequence, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
-from fastcache.engine.compressor import LayerCompressor
-from fastcache.engine.work import Work, page_tables, to_device, window_rows
 from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.pool import KVPool
 

@@ -8,12 +8,12 @@ import torch
 
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.head_budgets import HeadBudgets
+from fastcache.compression.work import Rotation
 from fastcache.config import EngineConfig
 from fastcache.engine.compressor import InlineCompressor, MethodPlan
 from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_prompt
 from fastcache.engine.replay_compressor import ReplayCompressor
-from fastcache.engine.work import Rotation
 from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.models.config import ModelConfig

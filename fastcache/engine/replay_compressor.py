@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastcache.compression.kvzip import KVzip
+from fastcache.compression.work import Work
 from fastcache.core import HostBatch, Step
 from fastcache.device.timing import Span
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_scores
-from fastcache.engine.work import Work
 from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.pool import KVPool
 from fastcache.models.llama import Llama

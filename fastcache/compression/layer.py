@@ -1,0 +1,78 @@
+"""One layer's compression, from scores to fresh pages: what the engine calls, inside a prefill or after it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastcache.compression.base import EvictionMethod, LayerKV
+from fastcache.compression.kernels import kernels_for
+from fastcache.compression.repack import repack_heads, repack_layer, repack_packed
+from fastcache.compression.work import Computed, Packed, Rotation, Work
+from fastcache.kvcache.head_layout import HeadRows
+from fastcache.kvcache.pool import KVPool
+
+# What only the prefill itself can tell, and only about a context whose queries are all computed in one step.
+NEEDS_ALL_QUERIES = frozenset({"attention_mass", "query_stats"})
+
+
+class LayerCompressor:
+    """Scores, selects and repacks one layer of n sequences at once. rotation: for methods that need query_stats."""
+
+    def __init__(
+        self, method: EvictionMethod, pool: KVPool, num_layers: int, rotation: Rotation | None
+    ) -> None:
+        self.method, self.pool, self.num_layers, self.rotation = method, pool, num_layers, rotation
+        self.kernels = kernels_for(pool.device)
+
+    def stored(self, layer: int, work: Work, queries: Tensor | None, replayed: Tensor | None = None) -> None:
+        """Contexts out of their pages. queries: (n, H, w, d), replayed: (n, Hk, T), for methods that need them."""
+        keys, values = self.pool.gather(layer, work.table, work.max_length)
+        seen = {"window_queries": queries, "replay_scores": replayed}
+        heads, kept = self._kept(layer, work, keys, values, seen)
+        if heads is None:
+            repack_layer(self.pool, layer, keys, values, kept, work.fresh)
+        else:
+            repack_heads(self.pool, heads, keys, values, kept, work.fresh)
+
+    def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
+        """Contexts out of what the step has computed."""
+        needs, longest, k, v = self.method.needs, work.max_length, step.k, step.v
+        keys = where.padded(k, longest) if "keys" in needs else where.shaped(k, longest)
+        values = where.padded(v, longest) if "values" in needs else None
+        seen = {"window_queries": queries, **self._observed(work, where, step)}
+        heads, kept = self._kept(layer, work, keys, values, seen)
+        if heads is not None:
+            keys, values = where.padded(k, longest), where.padded(v, longest)
+            repack_heads(self.pool, heads, keys, values, kept, work.fresh)
+        elif self.kernels.repack is None:
+            repack_packed(self.pool, layer, k, v, where.starts, kept, work.fresh)
+        else:
+            pages = self.pool.keys[layer], self.pool.values[layer]
+            self.kernels.repack(*pages, k, v, where.starts, kept, work.fresh)
+
+    def _observed(self, work: Work, where: Packed, step: Computed) -> dict[str, Tensor]:
+        """What the method must know of all queries, as fields of `LayerKV`."""
+        needs, longest = self.method.needs, work.max_length
+        if not needs & NEEDS_ALL_QUERIES:
+            return {}
+        queries, seen = where.padded(step.q, longest), {}
+        if "attention_mass" in needs:
+            keys = where.padded(step.k, longest)
+            lse = None if step.lse is None else where.padded(step.lse, longest)
+            seen["attention_mass"] = self.kernels.attention_mass(queries, keys, work.lengths, lse)
+        if "query_stats" in needs:
+            cos_sin, sinks = self.rotation.cos_sin, self.method.n_sink
+            mean, cov = self.kernels.query_statistics(queries, work.lengths, cos_sin, sinks)
+            seen |= {"query_mean": mean, "query_cov": cov, "inv_freq": self.rotation.inv_freq}
+        return seen
+
+    def _kept(
+        self, layer: int, work: Work, keys: Tensor, values: Tensor | None, seen: dict[str, Tensor | None]
+    ) -> tuple[HeadRows | None, Tensor]:
+        """The layer's head budgets, if it has any, and the kept positions (n, Hk, K). seen: fields of `LayerKV`."""
+        heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
+        budgets = work.budgets if heads is None else heads.kept
+        largest = work.max_budget if heads is None else work.longest[layer]
+        view = LayerKV(layer, self.num_layers, keys, values, work.lengths, budgets, **seen)
+        scores = self.kernels.score(self.method, view)
+        return heads, self.kernels.select(scores, work.lengths, budgets, largest)

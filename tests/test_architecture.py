@@ -48,6 +48,7 @@ LONGER = {
     "fastcache/engine/build.py:build": "one constructor call after another, nothing to decide",
     "fastcache/compression/expected_attention_triton.py:_logits_kernel": "one kernel, a third of it arguments",
     "fastcache/compression/observe_triton.py:_moments_kernel": "one kernel, and a third of it stores four blocks",
+    "fastcache/models/ops_triton.py:_norm_rope_kernel": "one kernel: a third of it is the list of its arguments",
     "fastcache/attention/ragged_triton.py:_attend_kernel": "one kernel: half of it is the list of its arguments",
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fastcache.core import ForwardBatch, HostBatch
-from fastcache.kvcache.pool import KVPool
+from fastcache.kvcache.pool import KVPlace, KVPool
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class AttentionBackend(ABC):
     def store(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Put the step's new entries where `run` will find them. k, v: (T, Hk, d); slot_mapping: (T,) int64."""
         self.pool.write(layer, k, v, slot_mapping)
+
+    def place(self, layer: int, slot_mapping: Tensor) -> KVPlace | None:
+        """Where `store` would put them, for a kernel that has them in hand anyway; None if only `store` can."""
+        return self.pool.place(layer, slot_mapping)
 
     @abstractmethod
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

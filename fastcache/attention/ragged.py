@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcache.attention.base import AttentionBackend
 from fastcache.core import ForwardBatch, HostBatch
 from fastcache.kvcache.head_layout import HeadRows, LayoutTable, entry_rows
+from fastcache.kvcache.pool import KVPlace
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class RaggedAttention(AttentionBackend):
             self.dense.store(layer, k, v, slot_mapping)
         else:
             self._store(layer, k, v, self._rows)
+
+    def place(self, layer: int, slot_mapping: Tensor) -> KVPlace | None:
+        return self.dense.place(layer, slot_mapping) if self._rows is None else None
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._rows is None:

@@ -23,6 +23,7 @@ from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.sampler import sample, sampling_batch
 from fastcache.errors import DeviceOutOfMemory
 from fastcache.kvcache.pool import KVPool
+from fastcache.models.layers import Places
 from fastcache.models.llama import Llama
 
 
@@ -133,9 +134,10 @@ class Runner:
         self.backend.plan(batch)
 
         stores = bool((batch.host.slots >= 0).any())
+        places = self._places(batch.slot_mapping) if stores else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if stores:
+            if stores and places is None:
                 self.backend.store(layer, k, v, batch.slot_mapping)
             out = self.backend.run(layer, q, k, v)
             for each in watching:
@@ -143,7 +145,7 @@ class Runner:
             return out
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)
-        hidden = self.model(batch.input_ids, batch.positions, attend, embeddings)
+        hidden = self.model(batch.input_ids, batch.positions, attend, embeddings, places)
         for each in watching:
             each.finish()
         self._keep_logprobs(step, batch, hidden)
@@ -163,11 +165,20 @@ class Runner:
     def decode_logits(self, seats: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """The part of a decode step that a graph captures; `plan` has been called. Returns (B, vocab)."""
 
+        places = self._places(slots)
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.backend.store(layer, k, v, slots)
+            if places is None:
+                self.backend.store(layer, k, v, slots)
             return self.backend.run(layer, q, k, v)
 
-        return self.model.logits(self.model(self.last_tokens[seats], positions, attend))
+        return self.model.logits(self.model(self.last_tokens[seats], positions, attend, places=places))
+
+    def _places(self, slots: Tensor) -> Places | None:
+        """For a model whose rotation stores keys and values, where; None if `attend` is to store them."""
+        if not self.model.ops.stores_kv or self.backend.place(0, slots) is None:
+            return None
+        return lambda layer: self.backend.place(layer, slots)
 
     def _sample(
         self, step: Step, logits: Tensor, seats: Tensor, seeds: dict[str, int], launched_s: float

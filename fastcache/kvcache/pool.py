@@ -67,6 +67,16 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(size, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class KVPlace:
+    """Where one layer's new entries go: its pages (P, kv_heads, page_size, head_dim) and a slot per token, (T,) int64,
+    -1 for entries that are not stored."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+
 class KVPool:
     """Storage for `num_pages` pages of `page_size` slots each."""
 
@@ -83,6 +93,9 @@ class KVPool:
     @property
     def page_bytes(self) -> int:
         return self.shape.bytes_per_token * self.page_size
+
+    def place(self, layer: int, slot_mapping: Tensor) -> KVPlace:
+        return KVPlace(self.keys[layer], self.values[layer], slot_mapping)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
         """Store new entries, except those whose slot is -1.

@@ -3,7 +3,8 @@
 The way of the data in one layer, T packed tokens:
 hidden (T, n) -> norm -> qkv -> q/k norm, rotation -> attend(layer, q, k, v) -> output projection
 -> add and norm -> gate and up -> silu * -> down.
-`attend` stores k and v and returns (T, H, d); it is an argument, so a layer holds no state of a batch.
+`attend` returns (T, H, d); it is an argument, so a layer holds no state of a batch. `attend` stores k and v, unless
+`places` says where: then the rotation does, which has them in registers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcache.kvcache.pool import KVPlace
 from fastcache.models.config import ModelConfig
 from fastcache.models.ops import Ops
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Places = Callable[[int], KVPlace]
 
 
 class Linear(nn.Module):
@@ -55,11 +58,14 @@ class Attention(nn.Module):
         self.q_norm = Norm(config.head_dim) if qk_norm else None
         self.k_norm = Norm(config.head_dim) if qk_norm else None
 
-    def forward(self, x: Tensor, positions: Tensor, cos_sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, cos_sin: Tensor, attend: Attend, places: Places | None
+    ) -> Tensor:
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.eps)
-        q, k, v = self.ops.qk_norm_rope(self.qkv(x), self.heads, norms, cos_sin, positions)
+        place = None if places is None else places(self.layer)
+        q, k, v = self.ops.qk_norm_rope(self.qkv(x), self.heads, norms, cos_sin, positions, place)
         return self.output(attend(self.layer, q, k, v).flatten(1))
 
 
@@ -88,12 +94,18 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, positions: Tensor, cos_sin: Tensor, attend: Attend
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        cos_sin: Tensor,
+        attend: Attend,
+        places: Places | None,
     ) -> tuple[Tensor, Tensor]:
         if residual is None:
             x, residual = self.ops.rms_norm(x, self.input_norm.weight, self.eps), x
         else:
             x, residual = self.ops.add_rms_norm(x, residual, self.input_norm.weight, self.eps)
-        x = self.attention(x, positions, cos_sin, attend)
+        x = self.attention(x, positions, cos_sin, attend, places)
         x, residual = self.ops.add_rms_norm(x, residual, self.post_norm.weight, self.eps)
         return self.feed_forward(x), residual

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.models.config import ModelConfig
-from fastcache.models.layers import Attend, DecoderLayer, Linear, Norm
+from fastcache.models.layers import Attend, DecoderLayer, Linear, Norm, Places
 from fastcache.models.ops import Ops
 from fastcache.models.rope import rotary_table
 
@@ -28,15 +28,21 @@ class Llama(nn.Module):
         self.cos_sin = rotary_table(config.rope, config.head_dim, max_positions, device)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, attend: Attend, embeddings: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        embeddings: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """input_ids, positions: (T,) int64. Returns (T, hidden_size).
 
         embeddings: (T, hidden_size) to start from in place of the tokens' own; they may be overwritten.
+        places: where each layer stores its new keys and values; only with `ops.stores_kv`, else `attend` does.
         """
         x, residual = self.embed[input_ids] if embeddings is None else embeddings, None
         for layer in self.layers:
-            x, residual = layer(x, residual, positions, self.cos_sin, attend)
+            x, residual = layer(x, residual, positions, self.cos_sin, attend, places)
         return self.ops.add_rms_norm(x, residual, self.norm.weight, self.config.rms_norm_eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcache.kvcache.pool import KVPlace
+
 
 class Ops:
     """Reference implementations, any device. Fast versions subclass this with the same signatures."""
 
     name = "torch"
+    stores_kv = False  # whether `qk_norm_rope` takes a `place`
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: (..., n), weight: (n,). Statistics in float32, result in x's dtype (Zhang, Sennrich 2019)."""
@@ -40,11 +43,13 @@ class Ops:
         norms: tuple[Tensor, Tensor, float] | None,
         cos_sin: Tensor,
         positions: Tensor,
+        place: KVPlace | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Split a merged projection, normalise q and k per head when `norms` is given, rotate them.
 
         qkv: (T, (H + 2 Hk) d); heads: (H, Hk, d); norms: (q weight (d,), k weight (d,), eps);
-        cos_sin: (max_positions, 2, d / 2) float32; positions: (T,) int64.
+        cos_sin: (max_positions, 2, d / 2) float32; positions: (T,) int64. place: where k and v are to be stored as
+        well; None here, where `KVPool.write` does it.
         Returns q (T, H, d), k (T, Hk, d), v (T, Hk, d). Rotation as in GPT-NeoX (first half with second).
         """
         num_heads, kv_heads, dim = heads

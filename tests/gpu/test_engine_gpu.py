@@ -70,6 +70,33 @@ def test_norm_and_rotation_match_the_reference(heads, norm):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("norm", [True, False])
+def test_rotation_stores_what_a_write_would(norm, stored):
+    """q, k, v as without a place, and the pool as `KVPool.write` leaves it, tokens without a slot left out."""
+    from fastcache.kvcache.pool import KVPool, KVShape
+    from fastcache.models.config import RopeConfig
+    from fastcache.models.ops_triton import TritonOps
+    from fastcache.models.rope import rotary_table
+
+    heads = (9, 3, 64)
+    shape = KVShape(2, 3, 64, torch.bfloat16, stored)
+    fused, apart = (KVPool(shape, 20, 16, torch.device("cuda")) for _ in range(2))
+    qkv = torch.randn(40, 15 * 64, device="cuda", dtype=torch.bfloat16)
+    weights = (torch.randn(64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    table = rotary_table(RopeConfig(1e6), 64, 4096, torch.device("cuda"))
+    positions = torch.randint(0, 4096, (40,), device="cuda")
+    args = (heads, (*weights, 1e-6) if norm else None, table, positions)
+    slots = torch.randperm(304, device="cuda")[:40] + 16
+    slots[::7] = -1
+    want = TritonOps().qk_norm_rope(qkv.clone(), *args)
+    got = TritonOps().qk_norm_rope(qkv.clone(), *args, fused.place(1, slots))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    apart.write(1, want[1], want[2], slots)
+    assert torch.equal(fused.keys[:, 1:].view(torch.uint8), apart.keys[:, 1:].view(torch.uint8))
+    assert torch.equal(fused.values[:, 1:].view(torch.uint8), apart.values[:, 1:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
 def test_kv_write_matches_the_reference(stored):
     from fastcache.kvcache.pool import KVPool, KVShape
 

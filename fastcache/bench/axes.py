@@ -25,6 +25,7 @@ MATRIX_KEYS = (
     "greenctx",
     "policies",
     "engine",
+    "machine",
     "measure",
 )
 ENGINE_KEYS = (
@@ -101,6 +102,14 @@ def _variants(
     for compression in compressions:
         for split in splits if variant in GREENCTX_VARIANTS else [{}]:
             yield {**point, **compression, **split, "variant": variant}
+
+
+def memory_gib(config: Mapping[str, Any]) -> float | None:
+    """The device's memory as the config gives it, to judge beforehand what can be there."""
+    value = _section(config, "machine", ("memory_gib",)).get("memory_gib")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    require(value is None or number, f"machine.memory_gib is {value!r}; allowed is a positive number of GiB.")
+    return value
 
 
 def _models(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -14,6 +14,7 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
     engine:       {dtype, kv_dtype, device, gpu_mem_util, page_size, max_model_len, max_num_batched_tokens,
                    num_pages, enable_prefix_caching, attention_backend, enforce_eager,
                    immediate_release}
+    machine:      {memory_gib}, with which cells that cannot fit are left out
     measure:      {repeats, warmup, seed, timeout_s}
 """
 
@@ -23,8 +24,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastcache.bench.axes import MATRIX_KEYS, check_keys, product
+from fastcache.bench.axes import MATRIX_KEYS, check_keys, memory_gib, product
 from fastcache.bench.cellconfig import CellConfig
+from fastcache.bench.fits import why_not
 from fastcache.bench.workloadconfig import WORKLOADS, WorkloadConfig
 from fastcache.config import VARIANTS, require
 
@@ -63,10 +65,11 @@ def expand(config: Mapping[str, Any], other_keys: Iterable[str] = ()) -> Expansi
     """
     require(isinstance(config, Mapping), "the matrix config must be a mapping.")
     check_keys("config key", config, (*MATRIX_KEYS, *other_keys))
+    memory = memory_gib(config)
     cells: dict[str, CellConfig] = {}
     excluded: dict[str, Exclusion] = {}
     for cell in map(CellConfig.from_dict, product(config)):
-        reason = impossible(cell)
+        reason = impossible(cell, memory)
         if reason is None:
             cells.setdefault(cell.id, cell)
         else:
@@ -75,7 +78,7 @@ def expand(config: Mapping[str, Any], other_keys: Iterable[str] = ()) -> Expansi
     return Expansion(list(cells.values()), list(excluded.values()))
 
 
-def impossible(cell: CellConfig) -> tuple[str, str] | None:
+def impossible(cell: CellConfig, memory: float | None = None) -> tuple[str, str] | None:
     """(rule, reason) if the parameters alone show that the cell cannot be measured."""
     if cell.workload.output >= cell.model_len:
         return (
@@ -92,7 +95,8 @@ def impossible(cell: CellConfig) -> tuple[str, str] | None:
             "text-needs-a-tokenizer",
             f"workload {cell.workload.name!r} is text, and dummy weights without a folder have no tokenizer",
         )
-    return None
+    too_large = why_not(cell, memory) if memory is not None else None
+    return None if too_large is None else ("does-not-fit", too_large)
 
 
 def _nothing_left(excluded: list[Exclusion]) -> str:

@@ -18,6 +18,8 @@ UNMEASURED = (
     "cli*.py",
     "bench/axes.py",
     "bench/compare.py",
+    "bench/estimate.py",
+    "bench/fits.py",
     "bench/matrix.py",
     "bench/provenance.py",
     "bench/resume.py",

@@ -123,6 +123,35 @@ def test_a_mistake_in_a_workloads_own_axes_is_named(own, words):
         expand(config(workloads=[{"name": "synthetic-long", **own}]))
 
 
+def fitting(memory, **model):
+    matrix = {
+        "models": {"qwen3-32b": {"load_format": "dummy", "dtype": "bfloat16", "device": "cuda", **model}},
+        "workloads": [{"name": "synthetic-long", "context": 3968, "output": 128}],
+        "variants": ["baseline"],
+        "batch_sizes": [16],
+        "machine": {"memory_gib": memory},
+    }
+    try:
+        return expand(matrix)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_what_cannot_fit_is_left_out_with_its_arithmetic():
+    assert len(fitting(80, gpu_mem_util=0.94).cells) == 1 == len(fitting(None).cells)
+    said = fitting(64)
+    # 32.8e9 weights of two bytes; 64 layers x 8 heads x 128 x 2 x 2 bytes x 4096 tokens is one GiB.
+    assert "does-not-fit: weights 61.0 + KV of one request 1.0 + activations 0.4 = 62.4 GiB" in said
+    assert "of 64 GiB the share 0.9 is 57.6" in said
+    assert "KV of one request 0.5" in fitting(64, kv_dtype="fp8")
+    assert len(fitting(64, device="cpu").cells) == 1  # a host's memory is another matter
+    assert "machine.memory_gib is 'much'" in fitting("much")
+
+
+def test_a_folder_that_is_not_there_yet_is_not_judged():
+    assert len(expand(config(machine={"memory_gib": 0.001})).excluded) == 0
+
+
 def test_the_id_depends_on_every_field_and_on_nothing_else():
     base = cell()
     assert cell().id == base.id and cell(compression_factor=5.0).id == base.id

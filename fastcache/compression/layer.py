@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
+
 from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod, LayerKV
 from fastcache.compression.kernels import kernels_for
 from fastcache.compression.repack import repack_heads, repack_layer, repack_packed
+from fastcache.compression.transform import Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work
 from fastcache.kvcache.head_layout import HeadRows
 from fastcache.kvcache.pool import KVPool
@@ -23,6 +26,10 @@ class LayerCompressor:
     ) -> None:
         self.method, self.pool, self.num_layers, self.rotation = method, pool, num_layers, rotation
         self.kernels = kernels_for(pool.device)
+
+    def planned(self, work: Work, lengths: Many[int], image_spans: Many[Spans]) -> Work:
+        """An eviction needs to know no more of its sequences than `work` says."""
+        return work
 
     def stored(self, layer: int, work: Work, queries: Tensor | None, replayed: Tensor | None = None) -> None:
         """Contexts out of their pages. queries: (n, H, w, d), replayed: (n, Hk, T), for methods that need them."""

@@ -80,6 +80,10 @@ class MergePlan:
     merged: Tensor
     lengths: tuple[int, ...]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.rows.values(), self.source, self.merged]
+
 
 def make_plan(
     lengths: Sequence[int], image_spans: Sequence[Spans], layout: MergeLayout, device: torch.device

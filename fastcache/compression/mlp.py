@@ -71,13 +71,14 @@ class MLP(TransformMethod):
                 len(checkpoint.unused),
                 checkpoint.unused[0],
             )
-        return BoundMLP(checkpoint, layout, fit)
+        return BoundMLP(self, checkpoint, layout, fit)
 
 
 class BoundMLP(BoundTransform):
     """The networks of one model on its device, in its dtype."""
 
-    def __init__(self, checkpoint: MergeCheckpoint, layout: MergeLayout, fit: ModelFit) -> None:
+    def __init__(self, method: MLP, checkpoint: MergeCheckpoint, layout: MergeLayout, fit: ModelFit) -> None:
+        super().__init__(method)
         self.layout, self._fit = layout, fit
         self._nets = [checkpoint.nets(layer, fit.dtype, fit.device) for layer in range(fit.num_layers)]
         self._checkpoint = checkpoint
@@ -92,7 +93,6 @@ class BoundMLP(BoundTransform):
         return merge_layer(kv.keys, kv.values, plan, self._nets[kv.layer], self.layout, self._fit.cos_sin)
 
     def describe(self) -> dict[str, Any]:
-        """Which file this is, for a row."""
         digest = hashlib.sha256(Path(self._checkpoint.path).read_bytes()).hexdigest()
         return {
             "checkpoint_sha256": digest,

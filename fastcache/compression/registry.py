@@ -15,6 +15,7 @@ from fastcache.errors import UnknownName
 
 if TYPE_CHECKING:
     from fastcache.compression.base import EvictionMethod
+    from fastcache.compression.transform import TransformMethod
 
 # What a file of head budgets says it is.
 BUDGET_FORMAT = "fastcache-head-budgets-1"
@@ -26,15 +27,18 @@ METHODS: dict[str, str] = {
     "keydiff": "fastcache.compression.keydiff:KeyDiff",
     "knorm": "fastcache.compression.knorm:KNorm",
     "kvzip": "fastcache.compression.kvzip:KVzip",
+    "mlp": "fastcache.compression.mlp:MLP",
     "observed_attention": "fastcache.compression.observed_attention:ObservedAttention",
     "random": "fastcache.compression.random_keep:RandomKeep",
     "snapkv": "fastcache.compression.snapkv:SnapKV",
     "streaming_llm": "fastcache.compression.streaming_llm:StreamingLLM",
     "tova": "fastcache.compression.tova:TOVA",
 }
+# These make new entries; the others choose among the stored ones.
+TRANSFORMS = frozenset({"mlp"})
 
 
-def method_class(name: str) -> type[EvictionMethod]:
+def method_class(name: str) -> type[EvictionMethod] | type[TransformMethod]:
     """The class behind a method's name. Errors: `UnknownName` with the nearest method."""
     if name not in METHODS:
         raise UnknownName("compression method", name, METHODS)
@@ -42,7 +46,7 @@ def method_class(name: str) -> type[EvictionMethod]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def create(config: CompressionConfig) -> EvictionMethod:
+def create(config: CompressionConfig) -> EvictionMethod | TransformMethod:
     """The method a configuration names, with its `params`.
 
     Errors: `UnknownName` for a method or a parameter that does not exist, `ConfigError` for a parameter out

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -33,20 +33,34 @@ class ModelFit:
     images: bool = False  # the model takes images
 
 
+class Plan(Protocol):
+    """Where a step's new entries come from. `tensors`: all of it that is on the device."""
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+
 class BoundTransform(ABC):
-    """A transform with its weights on the device of one engine."""
+    """A transform with its weights on the device of one engine. It has its method's name, needs and window."""
+
+    def __init__(self, method: TransformMethod) -> None:
+        self.name, self.needs, self.window = method.name, method.needs, method.window
 
     @abstractmethod
     def kept(self, num_tokens: int, image_spans: Spans = ()) -> int:
         """Entries per KV head that a context of `num_tokens` becomes; 0 if the method does not apply to it."""
 
     @abstractmethod
-    def plan(self, lengths: Sequence[int], image_spans: Sequence[Spans]) -> Any:
+    def plan(self, lengths: Sequence[int], image_spans: Sequence[Spans]) -> Plan:
         """What `transform` needs to know of B sequences of these lengths, on the device."""
 
     @abstractmethod
-    def transform(self, kv: LayerKV, plan: Any) -> tuple[Tensor, Tensor]:
+    def transform(self, kv: LayerKV, plan: Plan) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hk, K, d), left-aligned, K the largest `kept`; any content behind a sequence's own."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Which weights these are, for whoever reads a result."""
 
 
 @dataclass(frozen=True, kw_only=True)

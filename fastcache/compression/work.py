@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcache.compression.transform import Plan
 from fastcache.core import HostBatch
 from fastcache.kvcache.head_layout import HeadLayout, upload_layouts
 from fastcache.kvcache.pages import SCRATCH_PAGE
@@ -27,6 +28,7 @@ class Work:
     max_budget: int
     layouts: Tensor | None = None  # (n, 3 x heads + 1) with head budgets, which come before `budgets`
     longest: tuple[int, ...] = ()  # with head budgets, the largest of each layer
+    plan: Plan | None = None  # of a transform
 
     @classmethod
     def of(

@@ -13,6 +13,7 @@ from fastcache.attention.base import HeadShape
 from fastcache.attention.ragged import with_layouts
 from fastcache.attention.select import select_backend
 from fastcache.compression.registry import create
+from fastcache.compression.transform import TransformMethod
 from fastcache.config import EngineConfig
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
@@ -27,6 +28,7 @@ from fastcache.engine.resolve import max_model_len_of, resolve_device, resolve_d
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
+from fastcache.engine.transforming import bind
 from fastcache.engine.tuning import compression_places, make_tuner
 from fastcache.kvcache.head_layout import LayoutTable
 from fastcache.kvcache.pages import PageAllocator
@@ -107,6 +109,8 @@ def build(config: EngineConfig) -> Parts:
     model, weights = load_model(
         model_config, config.model, config.load_format, dtype, device, positions, config.seed
     )
+    if isinstance(method, TransformMethod):
+        method = bind(method, config, model, dtype, device)
     heads = HeadShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     stored = resolve_kv_dtype(config.kv_dtype, dtype, device)
     shape = KVShape(model_config.num_layers, heads.kv_heads, heads.head_dim, dtype, stored)

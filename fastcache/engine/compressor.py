@@ -10,10 +10,12 @@ from torch import Tensor
 from fastcache.compression.base import EvictionMethod, budget
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.layer import NEEDS_ALL_QUERIES, LayerCompressor
+from fastcache.compression.transform import BoundTransform, Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables, window_rows
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
+from fastcache.engine.transforming import LayerTransformer
 from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.pool import KVPool
 
@@ -37,7 +39,7 @@ class MethodPlan:
     def tail(self, num_tokens: int) -> int:
         return num_tokens if self._whole else max(self.method.window, 1)
 
-    def kept(self, num_tokens: int) -> int:
+    def kept(self, num_tokens: int, image_spans: Spans = ()) -> int:
         keep = budget(num_tokens, self.ratio)
         if not self.method.applies_to(num_tokens, keep):
             return 0
@@ -53,6 +55,14 @@ class MethodPlan:
         return self._layouts[num_tokens]
 
 
+def layers_of(
+    method: EvictionMethod | BoundTransform, pool: KVPool, num_layers: int, rotation: Rotation | None
+) -> LayerCompressor | LayerTransformer:
+    if isinstance(method, BoundTransform):
+        return LayerTransformer(method, pool, num_layers)
+    return LayerCompressor(method, pool, num_layers, rotation)
+
+
 class InlineCompressor:
     """Compresses each layer right behind its attention, all sequences of the step at once.
 
@@ -63,7 +73,7 @@ class InlineCompressor:
 
     def __init__(
         self,
-        method: EvictionMethod,
+        method: EvictionMethod | BoundTransform,
         pool: KVPool,
         num_layers: int,
         stream: torch.cuda.Stream | None = None,
@@ -71,7 +81,7 @@ class InlineCompressor:
         rotation: Rotation | None = None,
     ) -> None:
         self.method, self.pool, self.layout = method, pool, layout
-        self.layers = LayerCompressor(method, pool, num_layers, rotation)
+        self.layers = layers_of(method, pool, num_layers, rotation)
         self.stream = stream
         self.timed = False
         self.spans: list[
@@ -96,7 +106,7 @@ class InlineCompressor:
 
     def _work(self, step: Step, host: HostBatch, rows: list[int]) -> Work:
         chunks = [step.chunks[row] for row in rows]
-        return Work.of(
+        work = Work.of(
             host.page_table[rows],
             page_tables([chunk.fresh_pages for chunk in chunks]),
             host.kv_lens[rows],
@@ -105,6 +115,7 @@ class InlineCompressor:
             self.pool.device,
             [self.layout(chunk.seq.request.compress_at) for chunk in chunks],
         )
+        return self.layers.planned(work, host.kv_lens[rows], [c.seq.request.image_spans for c in chunks])
 
     def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> None:
         """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already.

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod
-from fastcache.compression.layer import LayerCompressor
+from fastcache.compression.transform import BoundTransform
 from fastcache.compression.work import Work, page_tables, to_device, window_rows
 from fastcache.core import HostBatch, Sequence, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
+from fastcache.engine.compressor import layers_of
 from fastcache.kvcache.head_layout import HeadLayout
 from fastcache.kvcache.pool import KVPool
 
@@ -57,14 +58,14 @@ class DeferredCompressor:
 
     def __init__(
         self,
-        method: EvictionMethod,
+        method: EvictionMethod | BoundTransform,
         pool: KVPool,
         num_layers: int,
         stream: torch.cuda.Stream | None = None,
         layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
     ) -> None:
         self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
-        self.layers = LayerCompressor(method, pool, num_layers, None)
+        self.layers = layers_of(method, pool, num_layers, None)
         self.stream = stream
         self._rows: Tensor | None = None
         self._layers: list[Tensor] = []
@@ -99,6 +100,7 @@ class DeferredCompressor:
         work = self._work(job)
         seen = [self._seen.pop(seq) for seq in job.seqs] if "window_queries" in self.method.needs else []
         crossing = [work.layouts] if work.layouts is not None else []
+        crossing += work.plan.tensors if work.plan is not None else []
         crossing += [layer for each in seen for layer in each.layers]
         hand_over(main, self.stream, work.table, work.fresh, work.lengths, work.budgets, *crossing)
         span = Span(device)
@@ -121,7 +123,7 @@ class DeferredCompressor:
 
     def _work(self, job: CompressionJob) -> Work:
         lengths = [seq.kv_len for seq in job.seqs]
-        return Work.of(
+        work = Work.of(
             page_tables([seq.pages for seq in job.seqs]),
             page_tables(job.fresh_pages),
             lengths,
@@ -130,3 +132,4 @@ class DeferredCompressor:
             self.pool.device,
             [self.layout(seq.request.compress_at) for seq in job.seqs],
         )
+        return self.layers.planned(work, lengths, [seq.request.image_spans for seq in job.seqs])

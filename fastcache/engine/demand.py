@@ -19,8 +19,9 @@ class CompressionPlan(Protocol):
     replays: bool
     """The method reads the whole stored context again, so it must be there."""
 
-    def kept(self, num_tokens: int) -> int:
-        """Entries the longest KV head keeps of `num_tokens`; 0 if the method does not apply to that length."""
+    def kept(self, num_tokens: int, image_spans: tuple[tuple[int, int], ...] = ()) -> int:
+        """Entries the longest KV head keeps of `num_tokens`, of which some are images' (start, length); 0 if the
+        method does not apply to that length."""
         ...
 
     def layout(self, num_tokens: int) -> HeadLayout | None:
@@ -50,7 +51,7 @@ class PageDemand:
         """Entries kept of a context that is still to be compressed, else 0."""
         if self.compression is None or seq.compressed or seq.leave_whole or not seq.request.compress_at:
             return 0
-        return self.compression.kept(seq.request.compress_at)
+        return self.compression.kept(seq.request.compress_at, seq.request.image_spans)
 
     def layout(self, seq: Sequence) -> HeadLayout | None:
         """The layout of a compressed cache with head budgets; None for any other."""
@@ -67,7 +68,9 @@ class PageDemand:
     def mean_kept(self, seq: Sequence) -> int:
         """Entries that a KV head of the compressed `seq` kept, on average."""
         layout = self.layout(seq)
-        return self.compression.kept(seq.request.compress_at) if layout is None else layout.mean
+        if layout is not None:
+            return layout.mean
+        return self.compression.kept(seq.request.compress_at, seq.request.image_spans)
 
     def _pages(self, layout: HeadLayout | None, kv_len: int) -> int:
         return pages_for(kv_len, self.page_size) if layout is None else layout.pages(kv_len - layout.longest)

@@ -8,12 +8,14 @@ import torch
 
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.head_budgets import HeadBudgets
+from fastcache.compression.transform import BoundTransform
 from fastcache.compression.work import Rotation
 from fastcache.config import EngineConfig
 from fastcache.engine.compressor import InlineCompressor, MethodPlan
 from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_prompt
 from fastcache.engine.replay_compressor import ReplayCompressor
+from fastcache.engine.transforming import TransformPlan
 from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.models.config import ModelConfig
@@ -41,8 +43,12 @@ def compressors(
     return InlineCompressor(plan.method, pool, layers, stream, plan.layout, rotation), deferred
 
 
-def method_plan(config: EngineConfig, method: EvictionMethod, shape: KVShape) -> MethodPlan:
+def method_plan(
+    config: EngineConfig, method: EvictionMethod | BoundTransform, shape: KVShape
+) -> MethodPlan | TransformPlan:
     """Errors: `ConfigError` for head budgets that cannot be read or were calibrated on another model's shape."""
+    if isinstance(method, BoundTransform):
+        return TransformPlan(method)
     path, budgets = config.compression.head_budgets, None
     if path is not None:
         budgets = HeadBudgets.load(path)

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from fastcache.compression.base import NEEDS, EvictionMethod
-from fastcache.compression.registry import METHODS, create, method_class
+from fastcache.compression.registry import METHODS, TRANSFORMS, create, method_class
 from fastcache.config import CompressionConfig
 from fastcache.errors import ConfigError, UnknownName
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - TRANSFORMS))
 def test_every_name_creates_its_method(name):
     method = create(CompressionConfig(method=name))
     assert isinstance(method, EvictionMethod)
@@ -23,7 +23,7 @@ def test_every_name_creates_its_method(name):
     assert "arXiv" in type(method).__doc__ or "control" in type(method).__doc__, "cite the paper"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - TRANSFORMS))
 def test_every_method_can_protect_sinks(name):
     assert create(CompressionConfig(method=name, params={"n_sink": 7})).n_sink == 7
 

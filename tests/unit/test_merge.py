@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import merge_oracle
 import pytest
 import torch
-from torch import nn
 
 from fastcache.compression.merge import MergeLayout, make_plan, merge_layer
 from fastcache.compression.merge_checkpoint import (
@@ -24,69 +24,13 @@ CPU = torch.device("cpu")
 TABLE = rotary_table(RopeConfig(10_000.0), SIZE, 256, CPU)
 
 
-def networks(kinds=("tk", "tv", "ik", "iv"), layers=LAYERS, dtype=torch.float64) -> nn.ModuleDict:
-    """As the original builds them: one Sequential per layer, so the state dict has its names."""
-
-    def one() -> nn.Sequential:
-        return nn.Sequential(
-            nn.Linear(FACTOR * SIZE, WIDTH),
-            nn.ReLU(),
-            nn.Dropout(0.4),
-            nn.Linear(WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Dropout(0.4),
-            nn.Linear(WIDTH, SIZE),
-        )
-
-    torch.manual_seed(0)
-    return (
-        nn.ModuleDict({f"compress_{kind}": nn.ModuleList(one() for _ in range(layers)) for kind in kinds})
-        .to(dtype)
-        .eval()
-    )
+def networks(kinds=("tk", "tv", "ik", "iv")):
+    return merge_oracle.networks(FACTOR, SIZE, WIDTH, LAYERS, kinds)
 
 
 def fit(ratio=1 - 1 / FACTOR, **changes) -> ModelFit:
     values = {"num_layers": LAYERS, "head_dim": SIZE, "dtype": torch.float64, "device": CPU, "cos_sin": TABLE}
     return ModelFit(**(values | changes), compression_ratio=ratio)
-
-
-def turned(x, position, direction):
-    """A key turned by its position: pairs as complex numbers, which is not how the package does it."""
-    pairs = torch.complex(x[: SIZE // 2].double(), x[SIZE // 2 :].double())
-    frequency = 10_000.0 ** (-torch.arange(0, SIZE, 2, dtype=torch.float64) / SIZE)
-    pairs = pairs * torch.polar(torch.ones(SIZE // 2, dtype=torch.float64), direction * position * frequency)
-    return torch.cat((pairs.real, pairs.imag))
-
-
-def expected(keys, values, length, image_of, layout, nets, layer):
-    """One head, entry by entry. image_of: which image (or None) each position belongs to."""
-    out, position = [], 0
-    while position < length:
-        end = position + layout.factor
-        group = range(position, end)
-        inside = layout.n_sink <= position and end <= length - layout.recent
-        if inside and len({image_of.get(p) for p in group}) == 1 and _aligned(position, image_of, layout):
-            kind = "t" if image_of.get(position) is None else "i"
-            raw = [turned(keys[p], p, -1) if layout.unrotated else keys[p] for p in group]
-            key = nets[f"compress_{kind}k"][layer](torch.cat(raw))
-            value = nets[f"compress_{kind}v"][layer](torch.cat([values[p] for p in group]))
-            if layout.base == "mean":
-                key, value = key + sum(raw) / len(raw), value + sum(values[p] for p in group) / len(raw)
-            out.append((turned(key, end - 1, 1) if layout.unrotated else key, value))
-            position = end
-        else:
-            out.append((keys[position], values[position]))
-            position += 1
-    return torch.stack([k for k, _ in out]), torch.stack([v for _, v in out])
-
-
-def _aligned(position, image_of, layout):
-    """Groups are counted from the start of their run."""
-    start = position
-    while start > layout.n_sink and image_of.get(start - 1) == image_of.get(position):
-        start -= 1
-    return (position - start) % layout.factor == 0
 
 
 @pytest.mark.parametrize(
@@ -118,7 +62,8 @@ def test_every_entry_is_what_the_formula_says(layout):
                 image_of = {p: i for i, (s, n) in enumerate(spans[b]) for p in range(s, s + n)}
                 assert plan.lengths[b] == (layout.kept(length, spans[b]) or length)
                 for head in range(HEADS):
-                    want = expected(keys[b, head], values[b, head], length, image_of, layout, nets, layer)
+                    raw = keys[b, head, :length], values[b, head, :length]
+                    want = merge_oracle.merged(*raw, image_of, layout, nets, layer)
                     for ours, theirs in zip(got, want, strict=True):
                         assert len(theirs) == plan.lengths[b]
                         # Rotary tables are float32, and turning is done in float32.
@@ -134,7 +79,7 @@ def test_what_is_left_of_a_context():
 
 
 def test_the_originals_file_loads(tmp_path):
-    state = networks(dtype=torch.float32).state_dict() | {
+    state = networks().float().state_dict() | {
         f"attention.{i}.{part}": torch.zeros(1) for i in range(LAYERS) for part in ("weight", "bias")
     }
     file = tmp_path / "original.pth"

@@ -112,6 +112,7 @@ class CompressionConfig(StrictConfig):
     `compression_ratio` is the fraction of KV entries REMOVED, as in kvpress: 0.8 keeps a fifth.
     `params` are the method's own hyper-parameters; names are checked against the method when it is built.
     `head_budgets` is a file of `fastcache calibrate`: each (layer, KV head) gets its own share of the same total.
+    "adakv" lets the heads of a layer share by their scores, "global" (for kvzip) all heads of all layers.
     """
 
     method: str
@@ -123,7 +124,7 @@ class CompressionConfig(StrictConfig):
         open_interval("compression_ratio", self.compression_ratio)
         require(
             self.head_budgets is None or isinstance(self.head_budgets, str),
-            f"head_budgets is {self.head_budgets!r}; allowed is the path of a file that `fastcache calibrate` wrote.",
+            f"head_budgets is {self.head_budgets!r}; allowed is a file of `fastcache calibrate`, 'adakv' or 'global'.",
         )
 
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Many
 
 from torch import Tensor
 
+from fastcache.compression.adakv import adaptive_counts
 from fastcache.compression.base import EvictionMethod, LayerKV
 from fastcache.compression.kernels import kernels_for
 from fastcache.compression.repack import repack_heads, repack_layer, repack_packed
@@ -78,8 +79,16 @@ class LayerCompressor:
     ) -> tuple[HeadRows | None, Tensor]:
         """The layer's head budgets, if it has any, and the kept positions (n, Hk, K). seen: fields of `LayerKV`."""
         heads = None if work.layouts is None else HeadRows(work.layouts, layer, keys.shape[1])
-        budgets = work.budgets if heads is None else heads.kept
-        largest = work.max_budget if heads is None else work.longest[layer]
+        budgets, largest, shared = work.budgets, work.max_budget, work.shared
+        if shared is not None:
+            budgets = shared.means
+        elif heads is not None:
+            budgets, largest = heads.kept, work.longest[layer]
         view = LayerKV(layer, self.num_layers, keys, values, work.lengths, budgets, **seen)
         scores = self.kernels.score(self.method, view)
+        if shared is not None:
+            select = self.kernels.select
+            budgets = adaptive_counts(scores, work.lengths, shared.means, shared.largest_mean, select)
+            shared.fill(layer, budgets)
+            heads = HeadRows(work.layouts, layer, keys.shape[1])
         return heads, self.kernels.select(scores, work.lengths, budgets, largest)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcache.compression.transform import Plan
 from fastcache.core import HostBatch
-from fastcache.kvcache.head_layout import HeadLayout, upload_layouts
+from fastcache.kvcache.head_layout import Layout, SharedLayout, SharedRows, upload_layouts
 from fastcache.kvcache.pages import SCRATCH_PAGE
 
 
@@ -27,7 +27,8 @@ class Work:
     max_length: int
     max_budget: int
     layouts: Tensor | None = None  # (n, 3 x heads + 1) with head budgets, which come before `budgets`
-    longest: tuple[int, ...] = ()  # with head budgets, the largest of each layer
+    longest: tuple[int, ...] = ()  # with head budgets of a file, the largest of each layer
+    shared: SharedRows | None = None  # heads that share: `layouts` is theirs, filled layer by layer
     plan: Plan | None = None  # of a transform
 
     @classmethod
@@ -39,16 +40,21 @@ class Work:
         budgets: Many[int],
         window: np.ndarray | None,
         device: torch.device,
-        layouts: Many[HeadLayout | None],
+        layouts: Many[Layout | None],
+        seats: Many[int] = (),
     ) -> Work:
+        """`seats` are needed where `layouts` are shared."""
         numbers = [np.asarray(each, np.int64) for each in (lengths, budgets)]
         tensors = [to_device(each, device) for each in (table, fresh, *numbers)]
         rows = None if window is None else to_device(window, device)
-        packed, longest = None, ()
-        if layouts[0] is not None:
+        packed, longest, shared = None, (), None
+        if isinstance(layouts[0], SharedLayout):
+            shared = SharedRows(layouts, seats, device)
+            packed = shared.packed
+        elif layouts[0] is not None:
             packed = upload_layouts(layouts, device)
             longest = tuple(np.stack([each.kept for each in layouts]).max((0, 2)).tolist())
-        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed, longest)
+        return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed, longest, shared)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

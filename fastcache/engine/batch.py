@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcache.core import Chunk, ForwardBatch, HostBatch, Sequence, Step
-from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.head_layout import Layout
 from fastcache.kvcache.pages import SCRATCH_PAGE
 from fastcache.kvcache.slots import slots_of
 
@@ -22,7 +22,7 @@ class BatchBuilder:
         max_num_seqs: int,
         max_pages: int,
         page_size: int,
-        layout_of: Callable[[Sequence], HeadLayout | None] | None = None,
+        layout_of: Callable[[Sequence], Layout | None] | None = None,
     ) -> None:
         self.page_size, self._layout_of = page_size, layout_of
         self._tables = np.zeros((max_num_seqs, max_pages), np.int32)
@@ -48,7 +48,8 @@ class BatchBuilder:
         rows = np.repeat(np.arange(len(chunks)), lengths)
         within = np.arange(cu_seqlens[-1]) - cu_seqlens[:-1][rows]
         kv_lens = kv_starts + lengths
-        table = self._tables[seats, : -(-int(kv_lens.max()) // self.page_size)]
+        width = max(-(-int(kv_lens.max()) // self.page_size), *(len(c.seq.pages) for c in chunks))
+        table = self._tables[seats, :width]
         stored = np.fromiter((c.stored for c in chunks), bool, len(chunks))
         table[~stored] = SCRATCH_PAGE
         slots = slots_of(table, rows, kv_starts[rows] + within, self.page_size)

@@ -118,16 +118,13 @@ def build(config: EngineConfig) -> Parts:
     pool = KVPool(shape, pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
     plan = method_plan(config, method, shape) if method is not None else None
+    max_pages = pages_for(max_model_len, config.page_size) + 1  # one more where heads share (`SharedLayout`)
     backend = select_backend(config.attention_backend, pool, heads, device)
     backend.keep_lse = method is not None and "attention_mass" in method.needs
     ragged = config.compression is not None and config.compression.head_budgets is not None
+    layouts = LayoutTable(pool, config.max_num_seqs + 1) if ragged else None
     if ragged:
-        backend = with_layouts(
-            backend,
-            LayoutTable(pool, config.max_num_seqs + 1),
-            padded_size(config.max_num_seqs),
-            pages_for(max_model_len, config.page_size),
-        )
+        backend = with_layouts(backend, layouts, padded_size(config.max_num_seqs), max_pages)
     limits = Limits(tokens_per_step, config.max_num_seqs, config.page_size)
     places = compression_places(config, split, method, device)
     tuner = make_tuner(config, limits, pool, places)
@@ -142,14 +139,14 @@ def build(config: EngineConfig) -> Parts:
         tuner,
     )
     compress = split.compress if config.partition.enabled else None
-    inline, deferred = compressors(plan, pool, model, prompt, compress)
+    inline, deferred = compressors(plan, pool, model, prompt, compress, layouts)
     runner = Runner(
         model,
         pool,
         backend,
         BatchBuilder(
             config.max_num_seqs,
-            pages_for(max_model_len, config.page_size),
+            max_pages,
             config.page_size,
             scheduler.demand.layout if ragged else None,
         ),

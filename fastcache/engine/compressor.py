@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from fastcache.compression.adakv import GLOBAL, safe_count
 from fastcache.compression.base import EvictionMethod, budget
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.layer import NEEDS_ALL_QUERIES, LayerCompressor
@@ -16,7 +18,7 @@ from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.transforming import LayerTransformer
-from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.head_layout import HeadLayout, Layout, LayoutTable, SharedLayout
 from fastcache.kvcache.pool import KVPool
 
 
@@ -28,13 +30,14 @@ class MethodPlan:
         method: EvictionMethod,
         compression_ratio: float,
         page_size: int,
-        head_budgets: HeadBudgets | None = None,
+        head_budgets: HeadBudgets | str | None = None,
+        heads: tuple[int, int] = (1, 1),
     ) -> None:
         self.method, self.ratio = method, compression_ratio
         self._whole = bool(method.needs & NEEDS_ALL_QUERIES)
         self.replays = "replay_scores" in method.needs
-        self._page_size, self._budgets = page_size, head_budgets
-        self._layouts: dict[int, HeadLayout] = {}  # by length: sequences of one length share theirs
+        self._page_size, self._budgets, self._heads = page_size, head_budgets, heads
+        self._layouts: dict[int, Layout] = {}  # by length: sequences of one length share theirs
 
     def tail(self, num_tokens: int) -> int:
         return num_tokens if self._whole else max(self.method.window, 1)
@@ -46,13 +49,21 @@ class MethodPlan:
         layout = self.layout(num_tokens)
         return keep if layout is None else layout.longest
 
-    def layout(self, num_tokens: int) -> HeadLayout | None:
+    def layout(self, num_tokens: int) -> Layout | None:
         if self._budgets is None:
             return None
         if num_tokens not in self._layouts:
-            kept = self._budgets.kept(num_tokens, self.ratio)
-            self._layouts[num_tokens] = HeadLayout(kept, self._page_size)
+            self._layouts[num_tokens] = self._make_layout(num_tokens)
         return self._layouts[num_tokens]
+
+    def _make_layout(self, num_tokens: int) -> Layout:
+        if isinstance(self._budgets, HeadBudgets):
+            return HeadLayout(self._budgets.kept(num_tokens, self.ratio), self._page_size)
+        (layers, heads), mean = self._heads, budget(num_tokens, self.ratio)
+        if self._budgets == GLOBAL:
+            return SharedLayout(mean, num_tokens, 1, layers * heads, self._page_size)
+        longest = min(num_tokens, heads * mean - (heads - 1) * safe_count(mean))
+        return SharedLayout(mean, longest, layers, heads, self._page_size)
 
 
 def layers_of(
@@ -77,12 +88,13 @@ class InlineCompressor:
         pool: KVPool,
         num_layers: int,
         stream: torch.cuda.Stream | None = None,
-        layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
+        layout: Callable[[int], Layout | None] = lambda num_tokens: None,
         rotation: Rotation | None = None,
     ) -> None:
         self.method, self.pool, self.layout = method, pool, layout
         self.layers = layers_of(method, pool, num_layers, rotation)
         self.stream = stream
+        self.table: LayoutTable | None = None  # where heads share: who reads what they got
         self.timed = False
         self.spans: list[
             Span
@@ -114,6 +126,7 @@ class InlineCompressor:
             window_rows(host, rows, self.method.window),
             self.pool.device,
             [self.layout(chunk.seq.request.compress_at) for chunk in chunks],
+            [chunk.seq.seat for chunk in chunks],
         )
         return self.layers.planned(work, host.kv_lens[rows], [c.seq.request.image_spans for c in chunks])
 
@@ -136,6 +149,10 @@ class InlineCompressor:
 
     def finish(self) -> None:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            for work, _ in self._works:
+                if work.shared is not None:
+                    work.shared.publish(self.table)
         if self.stream is not None:
             hand_over(self.stream, torch.cuda.current_stream())
 

@@ -21,7 +21,7 @@ from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.compressor import layers_of
-from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.head_layout import Layout
 from fastcache.kvcache.pool import KVPool
 
 # What can be kept of a prefill at a price that is worth it: pages stay anyway, and a window of queries is small.
@@ -62,7 +62,7 @@ class DeferredCompressor:
         pool: KVPool,
         num_layers: int,
         stream: torch.cuda.Stream | None = None,
-        layout: Callable[[int], HeadLayout | None] = lambda num_tokens: None,
+        layout: Callable[[int], Layout | None] = lambda num_tokens: None,
     ) -> None:
         self.method, self.pool, self.num_layers, self.layout = method, pool, num_layers, layout
         self.layers = layers_of(method, pool, num_layers, None)

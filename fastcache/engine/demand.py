@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fastcache.core import Sequence
-from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.head_layout import Layout
 from fastcache.kvcache.slots import pages_for
 
 
@@ -24,7 +24,7 @@ class CompressionPlan(Protocol):
         method does not apply to that length."""
         ...
 
-    def layout(self, num_tokens: int) -> HeadLayout | None:
+    def layout(self, num_tokens: int) -> Layout | None:
         """Where the kept entries go if KV heads keep different numbers of them; None if all keep the same."""
         ...
 
@@ -53,7 +53,7 @@ class PageDemand:
             return 0
         return self.compression.kept(seq.request.compress_at, seq.request.image_spans)
 
-    def layout(self, seq: Sequence) -> HeadLayout | None:
+    def layout(self, seq: Sequence) -> Layout | None:
         """The layout of a compressed cache with head budgets; None for any other."""
         return self.compression.layout(seq.request.compress_at) if seq.compressed else None
 
@@ -72,7 +72,7 @@ class PageDemand:
             return layout.mean
         return self.compression.kept(seq.request.compress_at, seq.request.image_spans)
 
-    def _pages(self, layout: HeadLayout | None, kv_len: int) -> int:
+    def _pages(self, layout: Layout | None, kv_len: int) -> int:
         return pages_for(kv_len, self.page_size) if layout is None else layout.pages(kv_len - layout.longest)
 
     def tail(self, seq: Sequence) -> int:

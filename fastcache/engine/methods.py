@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastcache.compression.adakv import ADAKV, GLOBAL
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.transform import BoundTransform
@@ -15,8 +16,10 @@ from fastcache.engine.compressor import InlineCompressor, MethodPlan
 from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_prompt
 from fastcache.engine.replay_compressor import ReplayCompressor
+from fastcache.engine.stages import stage_policy
 from fastcache.engine.transforming import TransformPlan
 from fastcache.errors import ConfigError, UnsupportedCombination
+from fastcache.kvcache.head_layout import LayoutTable
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.models.config import ModelConfig
 from fastcache.models.llama import Llama
@@ -30,6 +33,7 @@ def compressors(
     model: Llama,
     prompt: ReplayPrompt | None,
     stream: torch.cuda.Stream | None,
+    table: LayoutTable | None,
 ) -> tuple[InlineCompressor | None, DeferredCompressor | None]:
     """Who compresses inside a prefill step, and who after it; None without a method."""
     if plan is None:
@@ -37,10 +41,13 @@ def compressors(
     layers = pool.shape.num_layers
     deferred = DeferredCompressor(plan.method, pool, layers, stream, plan.layout)
     if prompt is not None:
-        return ReplayCompressor(plan.method, pool, model, prompt, plan.layout), deferred
-    frequencies = inverse_frequencies(model.config.rope, model.config.head_dim)
-    rotation = Rotation(model.cos_sin, frequencies.to(model.cos_sin.device))
-    return InlineCompressor(plan.method, pool, layers, stream, plan.layout, rotation), deferred
+        inline = ReplayCompressor(plan.method, pool, model, prompt, plan.layout)
+    else:
+        frequencies = inverse_frequencies(model.config.rope, model.config.head_dim)
+        rotation = Rotation(model.cos_sin, frequencies.to(model.cos_sin.device))
+        inline = InlineCompressor(plan.method, pool, layers, stream, plan.layout, rotation)
+    inline.table = table
+    return inline, deferred
 
 
 def method_plan(
@@ -49,15 +56,32 @@ def method_plan(
     """Errors: `ConfigError` for head budgets that cannot be read or were calibrated on another model's shape."""
     if isinstance(method, BoundTransform):
         return TransformPlan(method)
-    path, budgets = config.compression.head_budgets, None
-    if path is not None:
+    path = budgets = config.compression.head_budgets
+    if path in (ADAKV, GLOBAL):
+        _check_shared(path, method, config)
+    elif path is not None:
         budgets = HeadBudgets.load(path)
         if budgets.shape != (shape.num_layers, shape.kv_heads):
             raise ConfigError(
                 f"head_budgets {path!r} is for (layers, kv_heads) {budgets.shape}, this model has "
                 f"{(shape.num_layers, shape.kv_heads)}. Run `fastcache calibrate` on this model."
             )
-    return MethodPlan(method, config.compression.compression_ratio, config.page_size, budgets)
+    heads = (shape.num_layers, shape.kv_heads)
+    return MethodPlan(method, config.compression.compression_ratio, config.page_size, budgets, heads)
+
+
+def _check_shared(name: str, method: EvictionMethod, config: EngineConfig) -> None:
+    """Errors: `UnsupportedCombination` where heads cannot share a budget."""
+    if name == GLOBAL and "replay_scores" not in method.needs:
+        raise UnsupportedCombination(
+            f"head_budgets is {GLOBAL!r}, and the scores of {method.name!r} are not all there when the first layer is "
+            f"compressed; allowed is the method 'kvzip', or head_budgets {ADAKV!r} or a file."
+        )
+    if stage_policy(config.policy).deferred or config.tuning != "off":
+        raise UnsupportedCombination(
+            f"head_budgets {name!r} decides inside the prefill, and this policy or tuning may compress after it. Use "
+            "policy default, fcfs or dynamic with tuning off, or head_budgets from a file."
+        )
 
 
 def prompt_of(

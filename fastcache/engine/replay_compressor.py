@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import Tensor
 
+from fastcache.compression.adakv import global_counts
 from fastcache.compression.kvzip import KVzip
 from fastcache.compression.work import Work
 from fastcache.core import HostBatch, Step
 from fastcache.device.timing import Span
 from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_scores
-from fastcache.kvcache.head_layout import HeadLayout
+from fastcache.kvcache.head_layout import Layout
 from fastcache.kvcache.pool import KVPool
 from fastcache.models.llama import Llama
 
@@ -27,7 +29,7 @@ class ReplayCompressor(InlineCompressor):
         pool: KVPool,
         model: Llama,
         prompt: ReplayPrompt,
-        layout: Callable[[int], HeadLayout | None],
+        layout: Callable[[int], Layout | None],
     ) -> None:
         super().__init__(method, pool, model.config.num_layers, None, layout)
         self.model, self.prompt = model, prompt
@@ -62,9 +64,22 @@ class ReplayCompressor(InlineCompressor):
                 self.model, context, cache, self.prompt, self.method.n_sink, self.method.chunk_size
             )
             del cache  # as large as the context's pages
+            work = self._shared_by_all(work, scores)
             for layer in layers:
                 self.layers.stored(layer, work, None, scores[layer][None])
+            if work.shared is not None:
+                work.shared.publish(self.table)
         self._contexts = []
+
+    def _shared_by_all(self, work: Work, scores: Tensor) -> Work:
+        """With one budget for all layers and heads: the same work, with what each got now that all scores are there."""
+        if work.shared is None or work.shared.by_layer:
+            return work
+        counts = global_counts(scores, work.shared.largest_mean * scores[..., 0].numel(), self.method.n_sink)
+        work.shared.fill(0, counts.view(1, -1))
+        work.shared.publish(self.table)
+        largest = (work.max_budget,) * len(scores)
+        return dataclasses.replace(work, shared=None, longest=largest)
 
 
 def replay_positions(prompt: ReplayPrompt, method: KVzip, max_model_len: int) -> int:

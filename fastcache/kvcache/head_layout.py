@@ -53,6 +53,56 @@ class HeadLayout:
         return np.concatenate((self.kept.ravel(), self.first, self.rank, [self.units])).astype(np.int32)
 
 
+class SharedLayout:
+    """Where the entries of one sequence go when its heads share a total, and only the device learns who gets what.
+
+    Units are reserved for the worst case of each group of heads that share, less than a page more than for equal heads;
+    after that whole rounds of one unit per head. `longest`: no head keeps more. mean: kept entries per head.
+    """
+
+    def __init__(self, mean: int, longest: int, groups: int, heads_per_group: int, page_size: int) -> None:
+        self.mean, self.longest, self.page_size, self.groups = mean, longest, page_size, groups
+        self.heads = groups * heads_per_group
+        self.group_units = heads_per_group * (mean + page_size - 1) // page_size
+        self.units = groups * self.group_units
+
+    def pages(self, appended: int) -> int:
+        """Pages that hold the kept entries and `appended` more in every head."""
+        return -(-self.units // self.heads) + -(-appended // self.page_size)
+
+
+class SharedRows:
+    """The packed layouts of n sequences whose heads share, on the device, filled in one group after the other."""
+
+    def __init__(self, layouts: Many[SharedLayout], seats: Many[int], device: torch.device) -> None:
+        heads, self._page_size = layouts[0].heads, layouts[0].page_size
+        numbers = [
+            [x.units for x in layouts],
+            [x.group_units for x in layouts],
+            [x.mean for x in layouts],
+            seats,
+        ]
+        numbers = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+        units, self._group_units, self.means, self._seats = numbers
+        self.by_layer = layouts[0].groups > 1
+        self.largest_mean = max(x.mean for x in layouts)
+        self.packed = torch.zeros((len(layouts), 3 * heads + 1), dtype=torch.int32, device=device)
+        self.packed[:, 2 * heads : 3 * heads] = torch.arange(heads, device=device)
+        self.packed[:, -1] = units
+
+    def fill(self, group: int, counts: Tensor) -> None:
+        """counts: (n, heads of the group) int64."""
+        width, heads = counts.shape[1], (self.packed.shape[1] - 1) // 3
+        units = -(-counts // self._page_size)
+        first = group * self._group_units[:, None] + units.cumsum(1) - units
+        self.packed[:, group * width : (group + 1) * width] = counts
+        self.packed[:, heads + group * width : heads + (group + 1) * width] = first
+
+    def publish(self, table: LayoutTable) -> None:
+        """All groups are filled: attention may read them from here on, in the current stream's order."""
+        table.packed[self._seats] = self.packed
+
+
 class HeadRows:
     """One layer's part of n packed layouts, on the device: each (n, kv_heads) int64, `units` (n, 1, 1)."""
 
@@ -80,6 +130,9 @@ def entry_rows(pool: KVPool, rows: HeadRows, page_tables: Tensor, entries: Tenso
     return ((layer * pool.num_pages + page) * pool.shape.kv_heads + head) * size + entries % size
 
 
+Layout = HeadLayout | SharedLayout
+
+
 class LayoutTable:
     """The layout of each seat's sequence: packed on the device, what planning needs of it on the host too."""
 
@@ -91,10 +144,13 @@ class LayoutTable:
         self.packed = self._plain.repeat(seats, 1)
         self.ragged = np.zeros(seats, bool)
         self.longest = np.zeros(seats, np.int64)
-        self._of: list[HeadLayout | None] = [None] * seats
+        self._of: list[Layout | None] = [None] * seats
 
-    def sync(self, seats: Many[int], layouts: Many[HeadLayout | None]) -> None:
-        """Bring the seats' rows up to date. None is the plain layout. Ordered with the current stream."""
+    def sync(self, seats: Many[int], layouts: Many[Layout | None]) -> None:
+        """Bring the seats' rows up to date. None is the plain layout. Ordered with the current stream.
+
+        A `SharedLayout` has its rows from `SharedRows.publish`, after the sequence was plain in the same seat.
+        """
         for seat, layout in zip(seats, layouts, strict=False):  # the padded rows of a graph have no sequence
             if layout is self._of[seat]:
                 continue
@@ -103,7 +159,10 @@ class LayoutTable:
                 layout is not None,
                 0 if layout is None else layout.longest,
             )
-            self.packed[seat] = self._plain if layout is None else upload_layouts([layout], self._device)[0]
+            if layout is None:
+                self.packed[seat] = self._plain
+            elif isinstance(layout, HeadLayout):
+                self.packed[seat] = upload_layouts([layout], self._device)[0]
 
 
 def upload_layouts(layouts: Many[HeadLayout], device: torch.device) -> Tensor:

@@ -20,8 +20,9 @@ from rows import SMALL_MATRIX, failed_row, row, rows_of
 from fastcache.bench.matrix import expand
 from fastcache.bench.table import enrich
 
+PER_CELL = ("throughput", "latency", "kv_memory", "agreement")
 SCRIPTS = ROOT / "workflow/scripts"
-FIGURES = ("throughput", "latency", "kv_memory", "agreement")
+FIGURES = ("throughput", "latency", "kv_memory", "agreement", "timeline", "decisions", "sm_ratio")
 
 
 def script(name: str, *arguments: object) -> None:
@@ -170,11 +171,41 @@ def test_figures_are_the_same_bytes_when_drawn_again(page, tmp_path):
 
 
 def test_each_figure_has_the_numbers_behind_it(page, measured):
-    for name in FIGURES:
+    for name in PER_CELL:
         lines = (page[0] / f"figures/{name}.csv").read_text().splitlines()
         cells = [r for r in measured if name != "agreement" or r["variant"] != "baseline"]
         assert len(lines) == 1 + len(cells)
         assert all(any(r["cell_id"] in line for line in lines) for r in cells)
+
+
+def test_figures_of_the_engine_show_what_rows_carry(tmp_path):
+    cells = expand(SMALL_MATRIX | {"variants": ["greenctx-only", "triad"], "batch_sizes": [4]}).cells
+    samples = {"time_s": [0.0, 0.5], "before": [9, 1], "compressed": [0, 4], "whole": [0, 0], "held": [0, 2]}
+    times = {"count": 4, "predicted_s": 0.02, "measured_s": 0.021}
+    decisions = {
+        "decisions": [],
+        "measured": True,
+        "costs": {},
+        "places": ["inline"],
+        "steps": {"decode": times},
+    }
+    rows = [
+        row(
+            cell,
+            kv_timeline=samples | {"running": [1, 1], "waiting": [3, 0]},
+            decisions=decisions if cell.tuning != "off" else None,
+            granted_sms={"main": 116, "compress": 16} if cell.greenctx else None,
+        )
+        for cell in cells
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    draw_here(tmp_path)
+    lines = {name: (tmp_path / f"figures/{name}.csv").read_text().splitlines() for name in FIGURES}
+    assert len(lines["timeline"]) == 1 + 2 * 3  # two samples of each variant
+    assert sum("decode step ms,5.0,5.25" in line for line in lines["decisions"]) == sum(
+        r["decisions"] is not None for r in rows
+    )
+    assert len(lines["sm_ratio"]) == 1 + sum(r["greenctx"] for r in rows)
 
 
 def test_a_cell_without_a_number_is_named_in_the_figure(page):
@@ -239,6 +270,9 @@ CAPTIONS = {
     "latency": "up to the 99th percentile",
     "kv_memory": "KV entries per head of a request",
     "agreement": "the bar is the method",
+    "timeline": "by the stage of the sequences",
+    "decisions": "as the engine predicted and measured",
+    "sm_ratio": "against the SMs granted",
     "page": "one self-contained page",
     "workflow": "one row per cell",
 }

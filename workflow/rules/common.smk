@@ -16,7 +16,15 @@ BASE = Path(os.path.relpath(workflow.basedir))
 SCHEMAS = BASE / "workflow" / "schemas"
 # What measures a cell. Set the variable to put something in front: `numactl --membind=0 fastcache cell`.
 CELL_COMMAND = os.environ.get("FASTCACHE_CELL_COMMAND", "fastcache cell")
-FIGURES = ("throughput", "latency", "kv_memory", "agreement")
+FIGURES = (
+    "throughput",
+    "latency",
+    "kv_memory",
+    "agreement",
+    "timeline",
+    "decisions",
+    "sm_ratio",
+)
 
 try:
     CELLS = {

@@ -97,6 +97,78 @@ rule plot_agreement:
         "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
 
 
+rule plot_timeline:
+    input:
+        rows="{results}/rows.jsonl",
+        script=script("plot_timeline.py"),
+        style=script("plotting.py"),
+    output:
+        svg=report(
+            "{results}/figures/timeline.svg",
+            caption="../report/timeline.rst",
+            category="Figures",
+            labels={"figure": "timeline", "shows": "KV pages over time, by stage"},
+        ),
+        csv="{results}/figures/timeline.csv",
+    log:
+        "{results}/logs/plot_timeline.log",
+    conda:
+        "../../envs/cpu.yaml"
+    message:
+        "Drawing KV pages over time"
+    shell:
+        "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
+
+
+rule plot_decisions:
+    input:
+        rows="{results}/rows.jsonl",
+        script=script("plot_decisions.py"),
+        style=script("plotting.py"),
+    output:
+        svg=report(
+            "{results}/figures/decisions.svg",
+            caption="../report/decisions.rst",
+            category="Figures",
+            labels={
+                "figure": "decisions",
+                "shows": "predicted and measured step times",
+            },
+        ),
+        csv="{results}/figures/decisions.csv",
+    log:
+        "{results}/logs/plot_decisions.log",
+    conda:
+        "../../envs/cpu.yaml"
+    message:
+        "Drawing predicted and measured step times"
+    shell:
+        "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
+
+
+rule plot_sm_ratio:
+    input:
+        rows="{results}/rows.jsonl",
+        script=script("plot_sm_ratio.py"),
+        style=script("plotting.py"),
+    output:
+        svg=report(
+            "{results}/figures/sm_ratio.svg",
+            caption="../report/sm_ratio.rst",
+            category="Figures",
+            labels={"figure": "sm_ratio", "shows": "speed against compression's SMs"},
+        ),
+        csv="{results}/figures/sm_ratio.csv",
+    log:
+        "{results}/logs/plot_sm_ratio.log",
+    conda:
+        "../../envs/cpu.yaml"
+    message:
+        "Drawing speed against SMs of the compression"
+    shell:
+        "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
+
+
 rule figures:
     input:
         rows_of_this_run(),

@@ -36,6 +36,8 @@ SHOWN_SETTINGS: dict[str, Callable[[Any], str]] = {
     "kv_dtype": lambda value: "" if value in (None, "auto") else f"{value} KV",
     "num_pages": lambda value: "" if value is None else f"{value:,} pages",
     "enable_prefix_caching": lambda value: "prefix cache" if value else "",
+    "policy": lambda value: "" if value in (None, "default") else f"policy {value}",
+    "immediate_release": lambda value: "pages held" if value is False else "",
 }
 
 
@@ -60,6 +62,7 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
             else f"{row['variant']} {_split(row)}",
             "setting": setting(row),
             "status": row["status"],
+            "row": row,
         }
         | {name: row[name] for name in ("throughput_tok_s", "peak_kv_bytes", "kv_len_before", "kv_len_after")}
         | _spread(row)
@@ -71,6 +74,28 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         | {name: (row["agreement"] or {}).get(name) for name in ("token_match", "prefix_match")}
         for row in rows
     )
+
+
+def largest(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per variant and policy, of the requests with the most tokens that were measured."""
+    rows = [row for row in cells["row"] if row["status"] == "ok"]
+    size = max((row["total_tokens"] for row in rows), default=0)
+    found = {name_of(row): row for row in reversed(rows) if row["total_tokens"] == size}
+    return [found[name] for name in order(found)]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Its variant, and its policy if that is not the usual one."""
+    policy = row["cell"].get("policy", "default")
+    return row["variant"] if policy == "default" else f"{row['variant']} {policy}"
+
+
+def nothing(why: str) -> Figure:
+    """A figure that says why it shows nothing."""
+    fig, axes = grid([""], [""], height=1.2)
+    axes[0][0].text(0.5, 0.5, why, ha="center", va="center")
+    axes[0][0].set_axis_off()
+    return fig
 
 
 def setting(row: dict[str, Any]) -> str:
@@ -92,7 +117,10 @@ def differing(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _panel(row: dict[str, Any], one_model: bool, said: Sequence[str]) -> str:
-    requests = f"{requests_of(row)}, {row['context_requested']} + {row['output_requested']} tokens"
+    least = [row["cell"]["workload"].get(f"min_{name}") for name in ("context", "output")]
+    most = [row["context_requested"], row["output_requested"]]
+    lengths = [f"{a} to {b}" if a else str(b) for a, b in zip(least, most, strict=True)]
+    requests = f"{requests_of(row)}, {' + '.join(lengths)} tokens"
     settings = [SHOWN_SETTINGS[name](row["cell"].get(name)) for name in said]
     return ", ".join(filter(None, ["" if one_model else row["model"], requests, *settings]))
 

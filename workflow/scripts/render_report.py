@@ -18,7 +18,7 @@ import jinja2
 from findings import Row, count, percent, times
 from markupsafe import Markup
 
-FIGURES = ("throughput", "latency", "kv_memory", "agreement")
+FIGURES = ("throughput", "latency", "kv_memory", "agreement", "timeline", "decisions", "sm_ratio")
 
 
 def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:

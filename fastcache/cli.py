@@ -28,6 +28,10 @@ COMMANDS = {
         "prove that a split of this GPU's SMs is real, or record why there is none",
     ),
     "serve": ("fastcache.cli_serve", "answer OpenAI's clients over HTTP, with or without compression"),
+    "serving-cell": (
+        "fastcache.cli_serving_cell",
+        "measure one engine under open-loop load and write its rows",
+    ),
     "shim": (
         "fastcache.device.shim",
         "build the library that lets an installed sgl_kernel load, if one is needed",

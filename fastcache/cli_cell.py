@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    cell = CellConfig.from_dict(_read(args.cell))
+    cell = CellConfig.from_dict(read_cell(args.cell))
     check_writable(args.output)
     row = run_cell(cell)
     write_json(args.output, row)
@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_cell(path: Path) -> dict[str, Any]:
+    """What a cell's file says. Errors: `ConfigError`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -24,10 +24,11 @@ TRACE_COLUMNS = ("ContextTokens", "GeneratedTokens")
 
 @dataclass(frozen=True)
 class TraceRow:
-    """One request of a trace: prompt and output lengths in tokens."""
+    """One request of a trace: prompt and output lengths in tokens, and when it came, as it is written."""
 
     context: int
     output: int
+    timestamp: str | None = None
 
 
 def read_prompts(folder: str) -> list[str]:
@@ -53,7 +54,7 @@ def read_trace(path: str) -> list[TraceRow]:
     rows = []
     for number, record in enumerate(_csv(Path(path)), start=2):
         try:
-            row = TraceRow(*(int(record[name]) for name in TRACE_COLUMNS))
+            row = TraceRow(*(int(record[name]) for name in TRACE_COLUMNS), record.get("TIMESTAMP"))
         except KeyError as missing:
             have = ", ".join(str(name) for name in record)
             raise DatasetError(

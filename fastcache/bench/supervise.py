@@ -39,10 +39,21 @@ def run_cell(cell: CellConfig, command: Sequence[str] = CHILD) -> dict[str, Any]
 
     `command` gets two more arguments: the file with the cell, and the file to write its row to.
     """
-    row = blank_row(cell)
+    row, problem = run_child(cell.to_dict(), cell.timeout_s, command)
+    timed_out = problem.get("status") == "timeout"
+    return blank_row(cell) | problem if timed_out or row is None else row
+
+
+def run_child(
+    content: dict[str, Any], timeout_s: float, command: Sequence[str]
+) -> tuple[Any | None, dict[str, Any]]:
+    """(what the child wrote, as far as it came; the fields of a failure, none if it ended by itself and wrote).
+
+    `command` gets two more arguments: the file with `content`, and the file to write to.
+    """
     with tempfile.TemporaryDirectory(prefix="fastcache-cell-") as folder:
         source, target = Path(folder, "cell.json"), Path(folder, "row.json")
-        write_json(source, cell.to_dict())
+        write_json(source, content)
         started = time.monotonic()
         child = subprocess.Popen(
             [*command, str(source), str(target)],
@@ -51,16 +62,20 @@ def run_cell(cell: CellConfig, command: Sequence[str] = CHILD) -> dict[str, Any]
             env=child_environment(started),
             start_new_session=True,
         )
+        problem: dict[str, Any] = {}
         try:
-            code = child.wait(cell.timeout_s)
+            code = child.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            message = f"no result after {cell.timeout_s:g} s; the process was ended. Raise timeout_s to wait longer."
-            return row | failure("timeout", "Timeout", message)
+            message = (
+                f"no result after {timeout_s:g} s; the process was ended. Raise timeout_s to wait longer."
+            )
+            problem = failure("timeout", "Timeout", message)
         finally:
             end(child)
-        if target.is_file():
-            return json.loads(target.read_text(encoding="utf-8"))
-        return row | failure("crashed", "ProcessDied", how_it_died(code, time.monotonic() - started))
+        wrote = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else None
+        if not problem and (wrote is None or code != 0):
+            problem = failure("crashed", "ProcessDied", how_it_died(code, time.monotonic() - started))
+        return wrote, problem
 
 
 def child_environment(started: float) -> dict[str, str]:

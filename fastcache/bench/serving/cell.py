@@ -1,0 +1,128 @@
+"""One engine measured at all its rates, lowest first. Runs in its own process, as matrix cells do.
+
+`python -m fastcache.bench.serving.cell CELL.json RESULT.json` writes {"rows": [...], "requests": {row id: [...]}} after
+every rate, so that a process that dies loses only what it had not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastcache.bench import models
+from fastcache.bench.cell import busy_host, classify, engine_facts, vocabulary
+from fastcache.bench.row import failure, write_json
+from fastcache.bench.serving.cells import FULL, ServingCell
+from fastcache.bench.serving.drive import drive, warm_up
+from fastcache.bench.serving.metrics import request_records, summarise
+from fastcache.bench.serving.row import ENGINE_FACTS, blank_rows
+from fastcache.bench.serving.workload import plan_arrivals
+from fastcache.bench.supervise import die_with_parent
+from fastcache.config import CompressionConfig, ratio_of_factor
+from fastcache.device.info import OtherLoad
+from fastcache.errors import UserError
+
+log = logging.getLogger(__name__)
+CPU_WARMUP_SEQS = 2
+
+
+def measure(
+    cell: ServingCell, save: Callable[[dict[str, Any]], None], make_llm: Any = None
+) -> dict[str, Any]:
+    """The rows of `cell`, whatever Python can catch; `save` gets all that is known after every rate."""
+    result: dict[str, Any] = {"rows": blank_rows(cell), "requests": {}}
+    try:
+        if make_llm is None:
+            from fastcache import LLM as make_llm
+        _measure(cell, result, save, make_llm)
+    except Exception as error:  # whatever goes wrong is the result of the rates that were not measured
+        if not isinstance(error, UserError):
+            log.exception("cell %s", cell.id)
+        for row in result["rows"]:
+            if row["status"] is None:
+                row |= failure(classify(error), type(error).__name__, str(error))
+    return result
+
+
+def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None], make_llm: Any) -> None:
+    llm = make_llm(**engine_options(cell))
+    try:
+        facts = llm.describe()
+        known = {name: value for name, value in engine_facts(facts).items() if name in ENGINE_FACTS}
+        for row in result["rows"]:
+            row |= known
+        words = vocabulary(llm, facts)
+        page_bytes = facts["kv_bytes_per_token"] * facts["page_size"]
+        kind, warm = known["device"]["kind"], False
+        for row in result["rows"]:
+            arrivals = plan_arrivals(cell.workload, row["rate"], cell.window_s, cell.seed, words)
+            if not warm:
+                warm_up(llm, arrivals, CPU_WARMUP_SEQS if kind == "cpu" else cell.max_num_seqs)
+                warm = True
+            others = OtherLoad()
+            recording = drive(llm, arrivals, cell.window_s + cell.drain_s)
+            said = busy_host(known["device"], others.cores())
+            row |= summarise(cell, recording, page_bytes)
+            row |= {"status": "ok", "host_busy": bool(said), "notes": notes(row) + said}
+            result["requests"][row["row_id"]] = request_records(recording)
+            save(result)
+    finally:
+        llm.close()
+
+
+def engine_options(cell: ServingCell) -> dict[str, Any]:
+    compression = None
+    if cell.method != FULL:
+        compression = CompressionConfig(cell.method, ratio_of_factor(cell.compression_factor))
+    return {
+        "model": models.engine_source(cell.model, cell.model_path),
+        "load_format": cell.load_format,
+        "dtype": cell.dtype,
+        "kv_dtype": cell.kv_dtype,
+        "device": cell.device,
+        "page_size": cell.page_size,
+        "max_model_len": cell.model_len,
+        "max_num_seqs": cell.max_num_seqs,
+        "max_num_batched_tokens": cell.max_num_batched_tokens,
+        "num_pages": cell.num_pages,
+        "gpu_memory_utilization": cell.gpu_mem_util,
+        "enable_prefix_caching": cell.enable_prefix_caching,
+        "attention_backend": cell.attention_backend,
+        "enforce_eager": cell.enforce_eager,
+        "seed": cell.seed,
+        "policy": cell.policy,
+        "immediate_release": cell.immediate_release,
+        "compression": compression,
+    }
+
+
+def notes(row: dict[str, Any]) -> list[str]:
+    """What a reader must know to read this row rightly."""
+    said = []
+    left = row["requests"] - row["finished"]
+    if left:
+        said.append(
+            f"{left} of {row['requests']} requests were not done {row['elapsed_s']:.0f} s after the start and were "
+            f"ended; {row['without_first_token']} of them had no token, and count in TTFT with what they had waited"
+        )
+    if row["too_short_to_compress"]:
+        said.append(f"{row['too_short_to_compress']} requests were not compressed: too short for the method")
+    if row["weights"]["kind"] == "dummy":
+        said.append("weights are seeded random numbers: speed is meaningful, text is not")
+    return said
+
+
+def main(arguments: list[str]) -> None:
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    source, target = map(Path, arguments)
+    cell = ServingCell.from_dict(json.loads(source.read_text(encoding="utf-8")))
+    write_json(target, measure(cell, lambda result: write_json(target, result)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

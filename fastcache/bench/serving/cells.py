@@ -1,0 +1,233 @@
+"""The `serving` section of a config, and the cells it stands for. Imports no torch.
+
+    serving:
+      workload:  {context, output: lengths; arrivals: poisson | fixed | trace; trace: a CSV; images}
+      runs:      [{models, policies, methods, compression_factors, immediate_release, rates}]
+      rates:     requests per second, where a run names none of its own
+      window_s:  how long requests arrive; drain_s: how long the last ones may take after that
+      slo:       {ttft_s, tpot_s}; sustained_ttft_s: the p99 TTFT up to which a rate counts as sustained
+      max_num_seqs, seed, timeout_s
+
+A length is a number, or {low, high} (uniform), or {median, sigma, low, high} (log-normal, clipped). The method `full`
+is the uncompressed cache. A cell is one engine and all its rates: an engine starts once, a row is one rate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fastcache.bench import models
+from fastcache.bench.axes import ENGINE_KEYS, check_keys
+from fastcache.compression.registry import METHODS
+from fastcache.config import StrictConfig, check_policy, one_of, positive_int, ratio_of_factor, require
+
+FULL = "full"
+ARRIVALS = ("poisson", "fixed", "trace")
+SERVING_KEYS = (
+    "workload",
+    "runs",
+    "rates",
+    "window_s",
+    "drain_s",
+    "slo",
+    "sustained_ttft_s",
+    "max_num_seqs",
+    "seed",
+    "timeout_s",
+)
+RUN_KEYS = ("models", "policies", "methods", "compression_factors", "immediate_release", "rates")
+
+
+def positive(name: str, value: Any) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    require(good, f"{name} is {value!r}; allowed is a positive number.")
+
+
+@dataclass(frozen=True)
+class LengthConfig(StrictConfig):
+    """How many tokens. low == high is fixed; with a median the length is log-normal, else uniform."""
+
+    low: int
+    high: int
+    median: float | None = None
+    sigma: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            positive_int(f"a length's {name}", getattr(self, name))
+        require(self.low <= self.high, f"a length has low {self.low} above high {self.high}.")
+        require(
+            (self.median is None) == (self.sigma is None), "a log-normal length needs a median and a sigma."
+        )
+        for name in ("median", "sigma"):
+            if getattr(self, name) is not None:
+                positive(f"a length's {name}", getattr(self, name))
+
+    @classmethod
+    def read(cls, name: str, value: Any) -> Self:
+        if isinstance(value, int):
+            return cls(value, value)
+        require(isinstance(value, Mapping), f"{name} is {value!r}; allowed is a number or a distribution.")
+        require({"low", "high"} <= set(value), f"{name} needs `low` and `high`.")
+        return cls.from_dict(value)
+
+
+@dataclass(frozen=True)
+class OpenLoopConfig(StrictConfig):
+    """Which requests come, and when. `context` and `output` are lengths in tokens; with a `trace` they are the bounds
+    of what its rows ask for. `images` pictures per request are part of its context."""
+
+    context: LengthConfig
+    output: LengthConfig
+    arrivals: str = "poisson"
+    trace: str | None = None
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context", "output"):
+            value = getattr(self, name)
+            if not isinstance(value, LengthConfig):
+                object.__setattr__(self, name, LengthConfig.read(f"serving.workload.{name}", value))
+        one_of("serving.workload.arrivals", self.arrivals, ARRIVALS)
+        require(
+            self.arrivals != "trace" or self.trace is not None,
+            "arrivals 'trace' needs `trace`: a CSV with TIMESTAMP, ContextTokens, GeneratedTokens.",
+        )
+        require(
+            isinstance(self.images, int) and self.images >= 0,
+            f"serving.workload.images is {self.images!r}; allowed is 0 or a positive integer.",
+        )
+
+
+@dataclass(frozen=True)
+class ServingCell(StrictConfig):
+    """One engine under one policy with one method, and the rates (requests per second) it is put through.
+
+    Times are seconds. Errors: `ConfigError`, `UnknownName`.
+    """
+
+    model: str
+    workload: OpenLoopConfig
+    rates: tuple[float, ...]
+    policy: str = "dynamic"
+    method: str = FULL
+    compression_factor: float | None = None
+    immediate_release: bool = True
+    window_s: float = 10.0
+    drain_s: float = 10.0
+    slo_ttft_s: float = 1.0
+    slo_tpot_s: float = 0.1
+    sustained_ttft_s: float = 2.0
+    model_path: str | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    device: str = "auto"
+    gpu_mem_util: float = 0.9
+    page_size: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 256
+    num_pages: int | None = None
+    enable_prefix_caching: bool = False
+    attention_backend: str = "auto"
+    enforce_eager: bool = False
+    seed: int = 0
+    timeout_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.workload, OpenLoopConfig):
+            object.__setattr__(self, "workload", OpenLoopConfig.from_dict(self.workload))
+        require(bool(self.rates), "a serving cell needs `rates`: requests per second.")
+        for rate in self.rates:
+            positive("an entry of serving.rates", rate)
+        object.__setattr__(self, "rates", tuple(sorted({float(rate) for rate in self.rates})))
+        for name in ("window_s", "drain_s", "slo_ttft_s", "slo_tpot_s", "sustained_ttft_s", "timeout_s"):
+            positive(f"serving: {name}", getattr(self, name))
+            object.__setattr__(self, name, float(getattr(self, name)))
+        check_policy(self.policy)
+        models.check_source(self.model, self.model_path, self.load_format)
+        if self.method == FULL:
+            require(self.compression_factor is None, "method 'full' takes no compression_factor.")
+            return
+        one_of("serving method", self.method, (FULL, *METHODS))
+        ratio_of_factor(self.compression_factor)
+        object.__setattr__(self, "compression_factor", float(self.compression_factor))
+
+    @property
+    def model_len(self) -> int:
+        """Tokens per sequence that the engine is built for."""
+        return self.max_model_len or self.workload.context.high + self.workload.output.high
+
+    @property
+    def setting(self) -> str:
+        """Method and factor as a reader says them."""
+        return self.method if self.method == FULL else f"{self.method} x{self.compression_factor:g}"
+
+    @property
+    def id(self) -> str:
+        """Readable, and unique by a digest of every field; nothing is parsed back out of it."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+        parts = ["serving", self.model, self.policy, self.setting.replace(" x", "-f")]
+        parts += [] if self.immediate_release else ["held"]
+        text = "-".join(parts).replace("_", "-")
+        return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in text) + "-" + digest
+
+    def row_id(self, rate: float) -> str:
+        return f"{self.id}-r{rate:g}"
+
+
+def expand_serving(config: Mapping[str, Any]) -> list[ServingCell]:
+    """The serving cells of a whole config, each once; none without a `serving` section.
+
+    Errors: `ConfigError`, `UnknownName`.
+    """
+    section = config.get("serving")
+    if section is None:
+        return []
+    require(isinstance(section, Mapping), "`serving` must be a mapping.")
+    check_keys("key of serving", section, SERVING_KEYS)
+    for name in ("workload", "runs"):
+        require(bool(section.get(name)), f"`serving` needs `{name}`.")
+    slo = section.get("slo") or {}
+    check_keys("key of serving.slo", slo, ("ttft_s", "tpot_s"))
+    common = {f"slo_{name}": value for name, value in slo.items()}
+    own = ("workload", "window_s", "drain_s", "sustained_ttft_s", "max_num_seqs", "seed", "timeout_s")
+    common |= {name: section[name] for name in own if name in section}
+    cells: dict[str, ServingCell] = {}
+    for run in section["runs"]:
+        require(isinstance(run, Mapping), "each of serving.runs is a mapping.")
+        check_keys("key of serving.runs", run, RUN_KEYS)
+        for point in _points(config, section, run):
+            cell = ServingCell.from_dict(common | point)
+            cells.setdefault(cell.id, cell)
+    return list(cells.values())
+
+
+def _points(
+    config: Mapping[str, Any], section: Mapping[str, Any], run: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    engine = config.get("engine") or {}
+    rates = tuple(run.get("rates") or section.get("rates") or ())
+    known = {str(name): entry or {} for name, entry in config["models"].items()}
+    axes = (
+        run.get("models") or list(known),
+        run.get("policies") or ["dynamic"],
+        run.get("methods") or [FULL],
+        run.get("compression_factors") or [5],
+        run.get("immediate_release") or [True],
+    )
+    for name, policy, method, factor, release in itertools.product(*axes):
+        one_of("model of serving.runs", name, tuple(known))
+        entry = known[name]
+        options = {key: value for key, value in {**engine, **entry}.items() if key in ENGINE_KEYS}
+        source = {"model_path": entry.get("path"), "load_format": entry.get("load_format", "auto")}
+        what = {} if method == FULL else {"method": method, "compression_factor": factor}
+        point = {"model": name, "policy": policy, "immediate_release": release, "rates": rates}
+        yield {**options, **source, **point, **what}

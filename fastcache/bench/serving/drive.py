@@ -1,0 +1,81 @@
+"""An engine under open-loop load: requests are added when they are due, and steps are made in between."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastcache.bench.serving.workload import Arrival
+from fastcache.config import SamplingParams
+from fastcache.results import RequestOutput
+from fastcache.stats import EngineStats
+
+LEAD_S = 0.05  # between saying "now" and the first arrival
+WARM_PROMPTS, SHORT_PROMPT, SEQS_PER_STEP = 32, 32, 8
+NAP_S = 0.002  # how late an arrival may be noticed while the engine has nothing to do
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What happened at one rate. Times of outputs are those of `time.perf_counter`, as are `start_s`, `end_s`.
+
+    Requests that were not done in time are in `outputs` with the finish reason "cancelled".
+    """
+
+    start_s: float
+    end_s: float
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+def warm_up(llm: Any, arrivals: Sequence[Arrival], max_num_seqs: int) -> None:
+    """Everything that a first time costs: whole prompts, and each decode batch size on the way down from a full batch.
+
+    Beyond the first few, prompts are short: it is the number of sequences that is still new then.
+    """
+    prompts, params = [], []
+    for i in range(max_num_seqs):
+        request = arrivals[i % len(arrivals)].request
+        whole = i < WARM_PROMPTS or request.images
+        prompts.append(request.prompt if whole else request.prompt_token_ids[:SHORT_PROMPT])
+        tokens = min(request.max_tokens, 2 + i // SEQS_PER_STEP)
+        params.append(SamplingParams(max_tokens=tokens, ignore_eos=True))
+    llm.generate(prompts, params)
+
+
+def drive(llm: Any, arrivals: Sequence[Arrival], deadline_s: float) -> Recording:
+    """Send `arrivals` at their times. What is not done `deadline_s` after the start is cancelled.
+
+    A request's arrival is the scheduled one: if a step keeps it from being added in time, that is waiting, too.
+    """
+    llm.reset_stats()
+    pending, outputs = deque(arrivals), []
+    start = time.perf_counter() + LEAD_S
+    live: set[str] = set()
+    while pending or llm.has_unfinished():
+        now = time.perf_counter() - start
+        if now > deadline_s:
+            break
+        while pending and pending[0].time_s <= now:
+            live.add(_add(llm, pending.popleft(), start))
+        if llm.has_unfinished():
+            done = llm.step()
+            outputs += done
+            live -= {output.request_id for output in done}
+        elif pending:
+            time.sleep(min(NAP_S, max(0.0, pending[0].time_s - now)))
+    late = [*live, *(_add(llm, arrival, start) for arrival in pending)]
+    outputs += [output for request_id in late if (output := llm.cancel(request_id)) is not None]
+    end = time.perf_counter()
+    while llm.has_unfinished():  # tokens of cancelled requests that are still on their way
+        llm.step()
+    return Recording(start, end, outputs, llm.stats())
+
+
+def _add(llm: Any, arrival: Arrival, start_s: float) -> str:
+    request = arrival.request
+    params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
+    return llm.add_request(request.prompt, params, arrival_s=start_s + arrival.time_s)

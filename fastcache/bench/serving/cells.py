@@ -221,7 +221,7 @@ def _points(
         run.get("policies") or ["dynamic"],
         run.get("methods") or [FULL],
         run.get("compression_factors") or [5],
-        run.get("immediate_release") or [True],
+        run.get("immediate_release") or [engine.get("immediate_release", True)],
     )
     for name, policy, method, factor, release in itertools.product(*axes):
         one_of("model of serving.runs", name, tuple(known))

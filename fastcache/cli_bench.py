@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.bench.datasets import read_prompts, read_trace
+from fastcache.bench.estimate import estimates, outlook
 from fastcache.bench.matrix import CellConfig, Expansion, expand
 from fastcache.bench.provenance import source_digest
 from fastcache.bench.resume import load_rows, standing
@@ -47,10 +48,14 @@ def run(args: argparse.Namespace) -> int:
         rows, others = standing(load_rows(args.output), expansion.cells, source_digest())
     _check_inputs(args, expansion)
     _report_plan(expansion, len(rows))
-    for number_, cell in enumerate(expansion.cells, start=1):
-        if cell.id not in rows:
-            rows[cell.id] = _measure(cell, f"[{number_}/{len(expansion.cells)}]")
-            write_json(args.output, _ordered(rows, expansion.cells, others))
+    missing = [cell for cell in expansion.cells if cell.id not in rows]
+    expected, took = estimates(missing, [*rows.values(), *others]), {}
+    for number_, cell in enumerate(missing, start=len(rows) + 1):
+        sys.stderr.write(f"{outlook(expected, took)}\n")
+        started = time.monotonic()
+        rows[cell.id] = _measure(cell, f"[{number_}/{len(expansion.cells)}]")
+        took[cell.id] = time.monotonic() - started
+        write_json(args.output, _ordered(rows, expansion.cells, others))
     table = _ordered(rows, expansion.cells, others)
     write_json(args.output, table)
     sys.stdout.write(f"{format_table(table)}\n\n{len(table)} rows in {args.output}\n")

@@ -22,6 +22,16 @@ def faulty(workplace):
     return workplace
 
 
+def test_a_run_says_what_it_costs_and_after_each_cell_what_is_left(workplace, succeed):
+    first = succeed(workplace.snakemake())
+    assert "Plan: 2 cells to measure; no earlier row tells how long they take." in first
+    assert "1 cell to measure, about" in first and "0 cells to measure, about 0 s" in first
+    workplace.configure(batch_sizes=[1, 2])
+    second = succeed(workplace.snakemake())
+    assert "Plan: 2 cells to measure, about" in second and "1 cell to measure, about" in second
+    assert "Plan: 0 cells to measure, about 0 s." in succeed(workplace.snakemake("--forcerun", "make_table"))
+
+
 def test_each_kind_of_failure_is_a_row_and_the_report_shows_it(faulty):
     done = faulty.snakemake(faults=FAULTS)
     assert done.returncode != 0 and "Error in rule gate" in done.stdout

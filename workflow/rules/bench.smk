@@ -8,7 +8,7 @@ rule measure_cell:
         proof=greenctx_proof,
         # ancient: they measure nothing themselves
         script=ancient(script("measure_cell.py")),
-        token=ancient(script("gpu_token.py")),
+        helpers=[ancient(script("gpu_token.py")), ancient(script("progress.py"))],
     output:
         "results/cells/{cell}.json",
     log:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastcache.bench.provenance import source_digest
 from fastcache.errors import UserError
 from snakemake.exceptions import WorkflowError
-from workflow.scripts import stale_lock
+from workflow.scripts import progress, stale_lock
 from workflow.scripts.config_check import check_config
 
 # Relative, so that a checkout that moves takes its results' provenance with it.

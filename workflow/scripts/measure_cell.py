@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import progress
 from gpu_token import VARIABLE, take, visible_devices, wanted
 
 from fastcache.bench.matrix import CellConfig
@@ -96,9 +97,11 @@ def main() -> int:
     if code == USER_ERROR:
         sys.stderr.write(args.log.read_text(encoding="utf-8", errors="replace"))
         return USER_ERROR
-    sys.stdout.write(
-        summary(json.loads(args.row.read_text(encoding="utf-8")), time.monotonic() - started) + "\n"
-    )
+    seconds = time.monotonic() - started
+    left = progress.left(cell.id, seconds)
+    sys.stdout.write(summary(json.loads(args.row.read_text(encoding="utf-8")), seconds) + "\n")
+    if left is not None:
+        sys.stdout.write(f"{'':>14}{left}\n")
     return 0
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "calibrate": ("fastcache.cli_calibrate", "find out how much each KV head of a model must keep"),
     "cell": ("fastcache.cli_cell", "measure one cell described by a JSON file and write its row"),
     "compare": ("fastcache.cli_compare", "compare two sets of rows and say which cells got slower"),
+    "cost": ("fastcache.cli_cost", "measure what compression methods cost beside a prefill on this device"),
     "doctor": ("fastcache.device.doctor", "say what this machine can run, and what is missing"),
     "generate": ("fastcache.cli_generate", "continue prompts with a model, with or without compression"),
     "prove-greenctx": (

@@ -1,0 +1,89 @@
+"""A prefill step's tensors as a method's measurement needs them: the shape of a model, random content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.compression.base import EvictionMethod, budget
+from fastcache.compression.layer import LayerCompressor
+from fastcache.compression.work import Computed, Packed, Rotation, Work
+from fastcache.kvcache.pool import KVPool, KVShape
+from fastcache.kvcache.slots import pages_for
+
+# Plausible logarithm of a softmax denominator: nothing overflows, and no time depends on it.
+LSE = 12.0
+THETA = 1e6
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """`sequences` contexts of `context` tokens that one prefill step computes and compresses.
+
+    heads, kv_heads, head_dim: of the model, of `num_layers` layers, in `dtype`. ratio: what is removed.
+    """
+
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    context: int
+    sequences: int
+    ratio: float
+    page_size: int = 16
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequences * self.context
+
+    @property
+    def kept(self) -> int:
+        return budget(self.context, self.ratio)
+
+
+class StepInputs:
+    """`layer(i)` compresses layer i of the step, as the engine does behind that layer's attention."""
+
+    def __init__(self, method: EvictionMethod, shape: StepShape, device: torch.device) -> None:
+        self._pages = pages_for(shape.kept, shape.page_size)
+        kv = KVShape(shape.num_layers, shape.kv_heads, shape.head_dim, shape.dtype)
+        pool = KVPool(kv, shape.sequences * self._pages + 1, shape.page_size, device)
+        self._method, self._shape, self._device = method, shape, device
+        self._layers = LayerCompressor(method, pool, shape.num_layers, self._rotation())
+        starts = np.arange(shape.sequences) * shape.context
+        lengths = np.full(shape.sequences, shape.context)
+        self._where = Packed.of(starts, lengths, device)
+        self._work = self._make_work(starts, lengths)
+        self._step = self._computed()
+
+    def _rotation(self) -> Rotation:
+        half = self._shape.head_dim // 2
+        inv_freq = THETA ** -(torch.arange(half, device=self._device) / half)
+        angles = torch.arange(self._shape.context, device=self._device)[:, None] * inv_freq
+        return Rotation(torch.stack((angles.cos(), angles.sin()), dim=1), inv_freq)
+
+    def _make_work(self, starts: np.ndarray, lengths: np.ndarray) -> Work:
+        n = self._shape.sequences
+        fresh = 1 + np.arange(n * self._pages, dtype=np.int32).reshape(n, self._pages)
+        window = (starts + lengths)[:, None] + np.arange(-self._method.window, 0)
+        kept = [self._shape.kept] * n
+        return Work.of(np.zeros((n, 1), np.int32), fresh, lengths, kept, window, self._device, [None] * n)
+
+    def _computed(self) -> Computed:
+        s = self._shape
+        generator = torch.Generator(self._device).manual_seed(0)
+        size = (s.num_tokens, s.heads + 2 * s.kv_heads, s.head_dim)
+        qkv = torch.randn(size, generator=generator, device=self._device, dtype=s.dtype)
+        q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
+        lse = torch.full((s.num_tokens, s.heads), LSE, device=self._device)
+        return Computed(q, k, v, lse)
+
+    def layer(self, layer: int) -> None:
+        queries: Tensor | None = None
+        if "window_queries" in self._method.needs:
+            queries = self._step.q[self._work.window_rows].transpose(1, 2)
+        self._layers.packed(layer, self._work, self._where, self._step, queries)

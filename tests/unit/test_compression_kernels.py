@@ -1,0 +1,28 @@
+"""The Triton kernels of compression on a CPU, under Triton's interpreter: same sets and numbers as the reference.
+
+The interpreter must be chosen before Triton is imported, so the cases run in a process of their own. How fast the
+kernels are, and 16-bit arithmetic, is for tests/gpu.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).parent / "kernel_cases.py"
+
+
+def test_kernels_equal_the_reference():
+    run = subprocess.run(
+        [sys.executable, CASES],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr

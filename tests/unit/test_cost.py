@@ -1,0 +1,81 @@
+"""What a method costs: the bound by hand, a measurement on the CPU, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastcache.cli import main
+from fastcache.compression.cost import MethodCost, limit_seconds, load_costs, measure, save_costs
+from fastcache.compression.cost_inputs import StepShape
+from fastcache.compression.registry import create
+from fastcache.config import CompressionConfig
+from fastcache.device.ceilings import Ceilings
+from fastcache.errors import ConfigError
+
+SHAPE = StepShape(2, 4, 2, 16, torch.float32, context=100, sequences=3, ratio=0.25, page_size=4)
+CEILINGS = Ceilings(copy_bytes_s=1e9, gemm_flop_s=1e30, dtype="float32")
+
+
+def method(name):
+    return create(CompressionConfig(method=name))
+
+
+def test_the_bound_counts_bytes_read_and_copied():
+    entry, kept = 2 * 16 * 4, 3 * 75
+    copies = 2 * 2 * entry * kept  # keys and values, read and written
+    assert limit_seconds(method("streaming_llm"), SHAPE, CEILINGS) == pytest.approx(2 * copies / 1e9)
+    assert limit_seconds(method("knorm"), SHAPE, CEILINGS) == pytest.approx(2 * (copies + 300 * entry) / 1e9)
+    queries = 300 * 4 * 16 * 4
+    mass = copies + 300 * entry + queries
+    assert limit_seconds(method("h2o"), SHAPE, CEILINGS) == pytest.approx(2 * mass / 1e9)
+
+
+def test_the_bound_of_a_mass_is_half_of_all_products():
+    slow = Ceilings(copy_bytes_s=1e30, gemm_flop_s=1e9, dtype="float32")
+    pairs = 3 * 100 * 100 / 2
+    assert limit_seconds(method("h2o"), SHAPE, slow) == pytest.approx(2 * pairs * 4 * 2 * 16 / 1e9)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "snapkv", "h2o", "expected_attention"])
+def test_a_measurement_explains_the_step_it_was_made_of(name):
+    found = measure(method(name), SHAPE, torch.device("cpu"), CEILINGS)
+    assert found.cost.seconds(SHAPE.num_tokens) == pytest.approx(found.step_seconds)
+    assert found.cost.seconds_per_token >= 0 and found.cost.fixed_seconds >= 0
+    assert found.cost.extra_bytes is None  # the CPU does not count it
+
+
+def test_a_method_that_does_more_than_watch_a_prefill_is_refused():
+    with pytest.raises(ConfigError, match=r"kvzip.*replay_scores.*more than one prefill shows"):
+        measure(method("kvzip"), SHAPE, torch.device("cpu"), CEILINGS)
+
+
+def test_costs_survive_their_file(tmp_path):
+    costs = {"knorm": MethodCost(1e-9, 2e-4, 5), "tova": MethodCost(2e-9, 0.0, None)}
+    save_costs(tmp_path / "new" / "costs.json", costs, {"model": "m"})
+    assert load_costs(tmp_path / "new" / "costs.json") == costs
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"costs": {"knorm": {"seconds": 1}}}', '{"costs": [1]}'])
+def test_a_file_that_holds_no_costs_is_refused(tmp_path, content):
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"holds no costs of methods .*fastcache cost --output"):
+        load_costs(path)
+
+
+def test_the_command_prints_and_stores_what_it_measured(tiny_model, tmp_path, capsys):
+    folder, path = tiny_model("llama", 4, 2, 16, 48, 3, False), tmp_path / "costs.json"
+    arguments = (
+        f"cost --model {folder} --methods knorm,tova --batch 2 --context 64 --factor 2 --output {path}"
+    )
+    assert main([*arguments.split(), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "knorm" in printed and "tova" in printed and "share" in printed
+    assert set(load_costs(path)) == {"knorm", "tova"}
+    stored = json.loads(path.read_text())
+    assert stored["sequences_per_step"] == 2 and stored["prefill_seconds_per_token"] > 0
+    assert stored["measured"]["tova"]["share_of_prefill"] > 0

@@ -24,6 +24,10 @@ COMMANDS = {
     "cost": ("fastcache.cli_cost", "measure what compression methods cost beside a prefill on this device"),
     "doctor": ("fastcache.device.doctor", "say what this machine can run, and what is missing"),
     "generate": ("fastcache.cli_generate", "continue prompts with a model, with or without compression"),
+    "quality": (
+        "fastcache.cli_quality",
+        "measure what one compressed cache still knows, beside the whole one",
+    ),
     "prove-greenctx": (
         "fastcache.device.proof",
         "prove that a split of this GPU's SMs is real, or record why there is none",

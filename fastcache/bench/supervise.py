@@ -16,11 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.row import blank_row, failure, write_json
 
 CHILD = (sys.executable, "-m", "fastcache.bench.cell")
@@ -34,14 +33,17 @@ PR_SET_PDEATHSIG = 1
 SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 
-def run_cell(cell: CellConfig, command: Sequence[str] = CHILD) -> dict[str, Any]:
+def run_cell(
+    cell: Any, command: Sequence[str] = CHILD, blank: Callable[[Any], dict[str, Any]] = blank_row
+) -> dict[str, Any]:
     """The row of `cell`, whatever happens to the process that measures it.
 
-    `command` gets two more arguments: the file with the cell, and the file to write its row to.
+    `command` gets two more arguments: the file with the cell, and the file to write its row to. `blank` makes the
+    row of a cell of which nothing is measured.
     """
     row, problem = run_child(cell.to_dict(), cell.timeout_s, command)
     timed_out = problem.get("status") == "timeout"
-    return blank_row(cell) | problem if timed_out or row is None else row
+    return blank(cell) | problem if timed_out or row is None else row
 
 
 def run_child(

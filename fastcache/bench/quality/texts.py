@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,3 +74,27 @@ def _is_prose(paragraph: str) -> bool:
 
 def _digest(text: str) -> str:
     return f"{len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def windows(
+    prose: Prose, encode: Callable[[str], list[int]], length: int, count: int, seed: int
+) -> list[list[int]]:
+    """`count` passages of `length` token ids, each from its own document while there are enough long ones, else from
+    distinct places. Errors: `DatasetError` if the text is too short."""
+    encoded = [ids for ids in map(encode, prose.documents) if len(ids) >= length]
+    rng = random.Random(f"{seed}/windows/{length}")
+    if len(encoded) >= count:
+        step = len(encoded) / count
+        return [encoded[int(i * step)][:length] for i in range(count)]
+    places = [
+        (d, start)
+        for d, ids in enumerate(encoded)
+        for start in range(0, len(ids) - length + 1, length // 4 or 1)
+    ]
+    if len(places) < count:
+        raise DatasetError(
+            f"the prose has room for {len(places)} passages of {length} tokens and {count} were asked for; ask for "
+            "fewer or shorter ones, or give a longer quality.text."
+        )
+    chosen = sorted(rng.sample(places, count))
+    return [encoded[d][start : start + length] for d, start in chosen]

@@ -16,7 +16,7 @@ CONTEXT, OUTPUT = 150, 12
 TASKS = (
     {"name": "continuation", "context": CONTEXT, "output": OUTPUT, "samples": 3},
     {"name": "greedy", "context": CONTEXT, "output": 8, "samples": 2},
-    {"name": "needles4", "context": 400, "samples": 2},
+    {"name": "needles4", "context": 1100, "samples": 1},
 )
 
 
@@ -27,7 +27,7 @@ def cell(folder, **changes) -> QualityCell:
 
 @pytest.fixture(scope="module")
 def folder(tiny_model):
-    return tiny_model("llama", 6, 2, 16, 64, 3)
+    return tiny_model("llama", 6, 2, 16, 64, 3, max_positions=2048)
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def test_continuation_numbers_equal_transformers(folder):
     full_nll, nll, kl = [], [], []
     for ids in texts:
         full = model(torch.tensor([ids[:-1]])).logits[0, CONTEXT:].log_softmax(-1)
-        cache = prefill(model, ids[:CONTEXT], PRESSES["knorm"](0.5))
+        cache = prefill(model, ids[:CONTEXT], PRESSES["streaming_llm"](0.5))
         positions = torch.arange(CONTEXT, len(ids) - 1)[None]
         rest = torch.tensor([ids[CONTEXT:-1]])
         ours = model(rest, past_key_values=cache, position_ids=positions).logits[0].log_softmax(-1)
@@ -53,7 +53,9 @@ def test_continuation_numbers_equal_transformers(folder):
         full_nll.append(-full.gather(1, answer).mean())
         nll.append(-ours.gather(1, answer).mean())
         kl.append(torch.nn.functional.kl_div(ours, full, log_target=True, reduction="batchmean"))
-    row = measure_quality(cell(folder))
+    row = measure_quality(
+        cell(folder, method="streaming_llm")
+    )  # knorm has ties here: equal tokens, equal norms
     assert row["status"] == "ok", row["error"]
     got = row["tasks"]["continuation"]
     for name, values in (("nll_full", full_nll), ("nll", nll), ("kl", kl)):
@@ -98,8 +100,8 @@ def test_a_cell_that_fails_is_a_row_that_says_why(folder, tmp_path):
 @pytest.mark.slow
 def test_the_real_model_knows_what_it_read_and_only_that(smollm2):
     tasks = (
-        {"name": "needles4", "context": 250, "samples": 3},
-        {"name": "continuation", "context": 96, "output": 24},
+        {"name": "needles4", "context": 200, "samples": 2},
+        {"name": "continuation", "context": 96, "output": 24, "samples": 2},
     )
     rows = [
         measure_quality(cell(smollm2, tasks=tasks, **changes))

@@ -78,11 +78,19 @@ def test_an_item_depends_on_seed_and_number_alone_and_has_its_answers(task):
     prose = load_prose(None)
     first, again = (item(task, 3, 1200, 7, prose, encode) for _ in range(2))
     assert first == again != item(task, 4, 1200, 7, prose, encode) != item(task, 3, 1200, 8, prose, encode)
-    assert 1100 < len(first.context) < 1900
+    assert 700 < len(first.context) <= 1200
     for question in first.questions:
         answer = bytes(question.answer).decode().strip()
         assert answer in bytes(first.context).decode()
         assert answer not in bytes(question.prompt).decode()
+
+
+@pytest.mark.parametrize(
+    ("task", "says"), [("needles4", "too few to hide 4"), ("kv_lookup", "make it longer")]
+)
+def test_a_context_too_short_for_its_task_is_an_error(task, says):
+    with pytest.raises(ConfigError, match=says):
+        item(task, 0, 80, 0, load_prose(None), encode)
 
 
 def test_prose_is_prose_and_windows_are_distinct(tmp_path):

@@ -30,7 +30,7 @@ from fastcache.errors import UnsupportedCombination, UserError
 log = logging.getLogger(__name__)
 
 # What a task adds to its context: a question with its answer; the token that is always given before a continuation.
-QUESTION_ROOM, GIVEN = 128, 1
+QUESTION_ROOM, GIVEN = 256, 1
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8}
 SERVED_BITS = 16
 

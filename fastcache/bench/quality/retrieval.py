@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastcache.bench.quality.texts import Prose
+from fastcache.config import require
 
 Encode = Callable[[str], list[int]]
 
@@ -62,7 +63,10 @@ class Fact:
 
 
 def item(task: str, number: int, context: int, seed: int, prose: Prose, encode: Encode) -> Item:
-    """Item `number` of a task, its context of about `context` tokens. Tasks: the keys of `TASKS`."""
+    """Item `number` of a task, its context of at most `context` tokens, and near it. Tasks: the keys of `TASKS`.
+
+    Errors: `ConfigError` for a context too short to hide anything in.
+    """
     rng = random.Random(f"{seed}/{task}/{number}")
     return TASKS[task](rng, context, prose, encode)
 
@@ -117,9 +121,16 @@ def kv_lookup(rng: random.Random, context: int, prose: Prose, encode: Encode) ->
         who = f"{rng.choice(WORDS)} {rng.choice(ANIMALS)}"
         if who in pairs:
             continue
-        pairs[who] = rng.randrange(100, 1000)
-        lines.append(f"The {who} is in room {pairs[who]}.")
-        used += len(encode("\n" + lines[-1]))
+        number = rng.randrange(100, 1000)
+        line = f"The {who} is in room {number}."
+        used += len(encode("\n" + line))
+        if used <= context:
+            pairs[who] = number
+            lines.append(line)
+    require(
+        len(pairs) >= 4,
+        f"a list of {context} tokens holds {len(pairs)} pairs, four are asked for; make it longer.",
+    )
     asked = [
         Fact("", f"In which room is the {who}?", f"The {who} is in room", str(pairs[who]))
         for who in rng.sample(sorted(pairs), 4)
@@ -131,10 +142,17 @@ def _hide(rng: random.Random, facts: list[Fact], context: int, prose: Prose, enc
     room = context - sum(len(encode(" " + fact.sentence)) for fact in facts)
     document = rng.choice(prose.sentences)
     start, filler, used = rng.randrange(len(document)), [], 0
-    while used < room:
+    while True:
         sentence = document[(start + len(filler)) % len(document)]
-        filler.append(sentence)
         used += len(encode(" " + sentence))
+        if used > room:
+            break
+        filler.append(sentence)
+    require(
+        len(filler) > len(facts),
+        f"a context of {context} tokens holds {len(filler)} sentences of the prose, too few to hide {len(facts)} facts "
+        "between them; ask for a longer one.",
+    )
     places = sorted(rng.sample(range(1, len(filler)), len(facts)), reverse=True)
     order = list(facts)
     rng.shuffle(order)

@@ -25,6 +25,7 @@ from fastcache.bench.work import utilisation
 from fastcache.bench.workload import make_plan, shareable_tokens
 from fastcache.config import CompressionConfig, PartitionConfig, ratio_of_factor
 from fastcache.device import ceilings
+from fastcache.device.clocks import ClockWatch
 from fastcache.device.info import OtherLoad, device_info, peak_memory_bytes
 from fastcache.errors import (
     DeviceOutOfMemory,
@@ -73,9 +74,9 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
             facts["max_model_len"],
         )
         warm_up(llm, plan.rounds[: cell.warmup], row["device"]["kind"], cell.tuning != "off")
-        others = OtherLoad()
+        others, clocks = OtherLoad(), ClockWatch(facts["device"])
         timed = [run_round(llm, batches) for batches in plan.rounds[cell.warmup :]]
-        busy = others.cores()
+        busy, row["clocks"] = others.cores(), clocks.stop()
         memory = peak_memory_bytes(facts["device"])
         row["decisions"] = llm.decisions() if cell.tuning != "off" else None
     finally:

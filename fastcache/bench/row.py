@@ -66,6 +66,7 @@ MEASURED = (
     "steps",
     "tpot_quantiles_s",
     "kv_timeline",
+    "clocks",
     "start_to_first_token_s",
     "ceiling_copy_bytes_s",
     "ceiling_gemm_flop_s",

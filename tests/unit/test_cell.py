@@ -26,6 +26,7 @@ from fastcache.bench.row import blank_row
 from fastcache.bench.supervise import PARENT_VARIABLE, STARTED_VARIABLE, how_it_died, run_cell
 from fastcache.bench.work import step_bytes
 from fastcache.config import EngineConfig
+from fastcache.device import clocks
 from fastcache.device.ceilings import Ceilings
 from fastcache.device.info import OtherLoad
 from fastcache.errors import DeviceOutOfMemory, OutOfPages, UnsupportedArchitecture, UnsupportedCombination
@@ -66,6 +67,7 @@ SHAPE = {
 @pytest.fixture(autouse=True)
 def known_ceilings(monkeypatch):
     monkeypatch.setattr(cell_module.ceilings, "measure", lambda device: Ceilings(1e9, 2e9, "float32"))
+    monkeypatch.setattr(clocks, "sensors_of", lambda device: None)
 
 
 DECISIONS = {

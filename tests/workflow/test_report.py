@@ -13,6 +13,7 @@ from pathlib import Path
 import plotting
 import pytest
 import render_report
+import reproduction
 from conftest import ROOT
 from make_table import judge
 from rows import SMALL_MATRIX, failed_row, row, rows_of
@@ -295,6 +296,33 @@ def test_snakemakes_own_report_has_captions_categories_and_labels(workplace, suc
 def test_the_repositorys_published_rows_still_make_a_report(folder, tmp_path):
     text = build(tmp_path, [json.loads(line) for line in folder.read_text().splitlines()])
     assert "<h2>4. Discussion</h2>" in text
+
+
+def test_the_appendix_says_whether_the_rows_are_one_experiment(page, measured):
+    folder, text = page
+    assert "All rows come from one commit" in text and "No cell was measured more than once" in text
+    other = [dict(r) for r in measured]
+    other[0] |= {"git_commit": "2" * 40 + "-dirty", "device": other[0]["device"] | {"name": "Other CPU"}}
+    other[1] = other[1] | {"clocks": {"sm_mhz": {"min": 1200.0, "median": 1500.0, "max": 1980.0}}}
+    text = render_here(other, folder / "figures")
+    assert (
+        "These rows are not one experiment" in text
+        and "one commit (" in text
+        and "one device or host (" in text
+    )
+    assert "uncommitted changes" in text and "sm mhz 1,200 to 1,980" in text
+
+
+def test_a_cell_measured_again_shows_its_drift(tmp_path, measured):
+    history = tmp_path / "results" / "history.jsonl"
+    now = next(r for r in measured if r["status"] == "ok")
+    for moment, speed in (("2026-01-01T00:00:00+00:00", 2.0), (now["started_at"], 1.0)):
+        earlier = now | {"started_at": moment, "throughput_tok_s": speed * now["throughput_tok_s"]}
+        reproduction.remember(earlier, history)
+    reproduction.remember(now | {"status": "oom", "throughput_tok_s": None, "started_at": "x"}, history)
+    (drift,) = reproduction.drifts(measured, reproduction.recall(history))
+    assert drift == {"cell_id": now["cell_id"], "times": 2, "change": -0.5, "same_source": True}
+    assert reproduction.recall(tmp_path / "nothing") == [] == reproduction.drifts(measured, [])
 
 
 def test_a_panel_says_in_which_settings_its_cells_differ_from_others():

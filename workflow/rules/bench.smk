@@ -8,7 +8,10 @@ rule measure_cell:
         proof=greenctx_proof,
         # ancient: they measure nothing themselves
         script=ancient(script("measure_cell.py")),
-        helpers=[ancient(script("gpu_token.py")), ancient(script("progress.py"))],
+        helpers=[
+            ancient(script(f"{name}.py"))
+            for name in ("gpu_token", "progress", "reproduction")
+        ],
     output:
         "results/cells/{cell}.json",
     log:

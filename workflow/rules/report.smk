@@ -11,7 +11,9 @@ rule render_report:
             "{{results}}/figures/{figure}.{kind}", figure=FIGURES, kind=["svg", "csv"]
         ),
         script=script("render_report.py"),
-        findings=[script("findings.py"), script("discussion.py")],
+        findings=[
+            script(f"{name}.py") for name in ("findings", "discussion", "reproduction")
+        ],
         templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],
     output:
         report(
@@ -34,7 +36,7 @@ rule render_report:
         "Writing {output}"
     shell:
         "python {input.script} --rows {input.rows} --status {input.status} {params.plan} {params.proof}"
-        " --figures {wildcards.results}/figures --templates {params.templates} --output {output} 2> {log}"
+        " --history {wildcards.results}/history.jsonl --figures {wildcards.results}/figures --templates {params.templates} --output {output} 2> {log}"
 
 
 rule report:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import progress
+import reproduction
 from gpu_token import VARIABLE, take, visible_devices, wanted
 
 from fastcache.bench.matrix import CellConfig
 from fastcache.bench.row import blank_row, failure, write_json
 
 USER_ERROR = 2
+HISTORY = Path("results/history.jsonl")  # every measurement, so that a later one can be held against it
 POLL_S = 0.5
 GRACE_S = 5.0
 
@@ -98,8 +100,10 @@ def main() -> int:
         sys.stderr.write(args.log.read_text(encoding="utf-8", errors="replace"))
         return USER_ERROR
     seconds = time.monotonic() - started
+    row = json.loads(args.row.read_text(encoding="utf-8"))
+    reproduction.remember(row, HISTORY)
     left = progress.left(cell.id, seconds)
-    sys.stdout.write(summary(json.loads(args.row.read_text(encoding="utf-8")), seconds) + "\n")
+    sys.stdout.write(summary(row, seconds) + "\n")
     if left is not None:
         sys.stdout.write(f"{'':>14}{left}\n")
     return 0

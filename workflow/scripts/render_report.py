@@ -15,6 +15,7 @@ from typing import Any
 import discussion
 import findings
 import jinja2
+import reproduction
 from findings import Row, count, percent, times
 from markupsafe import Markup
 
@@ -140,9 +141,10 @@ def context(
     plan: dict[str, Any],
     figures: Path,
     proof: dict[str, Any] | None = None,
+    history: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """Everything the templates may name."""
-    pairs = findings.comparisons(rows)
+    pairs, facts = findings.comparisons(rows), environment_facts(rows)
     return {
         "title": (plan["config"].get("report") or {}).get(
             "title", "Does KV-cache compression pay on this machine?"
@@ -151,7 +153,10 @@ def context(
         "dummy": findings.dummy(rows),
         "overall": findings.group_summary(pairs),
         "variants": findings.by_variant(rows),
-        "facts": environment_facts(rows),
+        "facts": facts,
+        "doubts": reproduction.doubts(facts),
+        "drifts": reproduction.drifts(rows, history),
+        "clocks": reproduction.clocks(rows),
         "partition": partition_facts(proof),
         "spread": spread_facts(rows),
         "discussion": discussion.paragraphs(rows),
@@ -174,6 +179,7 @@ def main() -> None:
     for option in ("--rows", "--status", "--figures", "--templates", "--output"):
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--plan", type=Path)
+    parser.add_argument("--history", type=Path, help="earlier measurements of the same cells")
     parser.add_argument("--greenctx", type=Path, help="what `fastcache prove-greenctx` wrote")
     args = parser.parse_args()
     lines = args.rows.read_text(encoding="utf-8").splitlines()
@@ -181,7 +187,8 @@ def main() -> None:
     proof = json.loads(args.greenctx.read_text(encoding="utf-8")) if args.greenctx else None
     status = json.loads(args.status.read_text(encoding="utf-8"))
     page = templates(args.templates).get_template("report.html.j2")
-    html = page.render(context([json.loads(line) for line in lines], status, plan, args.figures, proof))
+    rows, history = [json.loads(line) for line in lines], reproduction.recall(args.history)
+    html = page.render(context(rows, status, plan, args.figures, proof, history))
     part = args.output.with_suffix(".part")
     part.write_text(html, encoding="utf-8")
     os.replace(part, args.output)

@@ -9,6 +9,16 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 SHARES = 2  # programs that share the queries of one head's statistics
+# Tiles of the two attention kernels. Three programs of four warps share an SM, so that one multiplies while another
+# takes exponentials; float32 has no tensor cores, and small tiles that fit the registers.
+OPTIONS = (
+    {"BLOCK": 128, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 128, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
+)
+WIDE_OPTIONS = (
+    {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
+    {"BLOCK_N": 32, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1},
+)
 
 
 @triton.jit
@@ -78,21 +88,22 @@ def _mass_kernel(
     scale,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """The mass of a block of keys under one query head: over all queries behind them. Early blocks see the most
     queries and come first."""
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     length = tl.load(lengths_ptr + batch).to(tl.int32)
-    first = tl.program_id(1) * BLOCK
-    n = first + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
     k = _tile(k_ptr + batch * k_batch + head // group * k_head, n, length, k_entry, DIM, BLOCK_D)
     query_ptr = q_ptr + batch * q_batch + head * q_head
     lse_ptr += pair * padded
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(first, length, BLOCK):
-        m = start + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(first, length, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
         q = _tile(query_ptr, m, length, q_entry, DIM, BLOCK_D)
         lse = tl.load(lse_ptr + m, mask=m < length, other=float("inf"))
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :]
@@ -104,23 +115,17 @@ def attention_mass(queries: Tensor, keys: Tensor, lengths: Tensor, lse: Tensor |
     """As `observe.attention_mass`; with `lse` in one pass over queries and keys, else in two."""
     batch, heads, padded, dim = queries.shape
     assert queries.stride(3) == keys.stride(3) == 1
-    wide = queries.dtype.itemsize > 2
-    block = 32 if wide else 128
-    grid = (batch * heads, triton.cdiv(padded, block))
     shape = (heads, heads // keys.shape[1], padded)
     numbers = (*shape, *queries.stride()[:3], *keys.stride()[:3], dim**-0.5 * LOG2_E)
-    sizes = {
-        "DIM": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK": block,
-        "num_warps": 4 if wide else 8,
-        "num_stages": 1 if wide else 3,
-    }
+    lse_options, mass_options = WIDE_OPTIONS if queries.dtype.itemsize > 2 else OPTIONS
+    sizes = {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
     if lse is None:
         lse = torch.empty((batch, heads, padded), dtype=torch.float32, device=keys.device)
-        _lse_kernel[grid](queries, keys, lengths, lse, *numbers, **sizes)
+        grid = (batch * heads, triton.cdiv(padded, lse_options["BLOCK"]))
+        _lse_kernel[grid](queries, keys, lengths, lse, *numbers, **sizes, **lse_options)
     mass = torch.empty((batch, heads, padded), dtype=torch.float32, device=keys.device)
-    _mass_kernel[grid](queries, keys, lengths, lse.contiguous(), mass, *numbers, **sizes)
+    grid = (batch * heads, triton.cdiv(padded, mass_options["BLOCK_N"]))
+    _mass_kernel[grid](queries, keys, lengths, lse.contiguous(), mass, *numbers, **sizes, **mass_options)
     return mass
 
 
@@ -202,9 +207,10 @@ def query_statistics(queries: Tensor, lengths: Tensor, cos_sin: Tensor, first: i
         WIDE=wide,
         HALF=dim // 2,
         BLOCK_D=max(16, triton.next_power_of_2(dim // 2)),
-        BLOCK=32 if wide else 64,
+        BLOCK=32,
         SHARES=SHARES,
         num_warps=4,
+        num_stages=2,
     )
     count = (lengths - first).clamp(min=1)[:, None, None]
     mean = sums.sum(2) / count

@@ -124,7 +124,8 @@ def window_mean(kv: LayerKV) -> Tensor:
     sizes = {
         "DIM": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_M": min(128, max(16, triton.next_power_of_2(rows))),
+        # Without tensor cores a tile of float32 products must fit the registers.
+        "BLOCK_M": min(128 if keys.dtype.itemsize == 2 else 16, max(16, triton.next_power_of_2(rows))),
         "BLOCK_N": BLOCK_N,
         "num_warps": 4,
     }

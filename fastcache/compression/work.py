@@ -74,6 +74,17 @@ def window_rows(host: HostBatch, rows: list[int], window: int) -> np.ndarray:
     return host.cu_seqlens_q[1:][rows][:, None] + np.arange(-window, 0)
 
 
+def similar(rows: Many[int], lengths: np.ndarray) -> list[list[int]]:
+    """`rows` in groups that are padded to each other, each ascending: none is less than half as long as its longest,
+    so that padding never takes more than the contexts themselves. lengths: by row."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        if not groups or 2 * lengths[row] < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return [sorted(group) for group in groups]
+
+
 @dataclass(frozen=True)
 class Packed:
     """Where a step's packed entries hold n contexts that start and end in it."""

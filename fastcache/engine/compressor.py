@@ -13,7 +13,7 @@ from fastcache.compression.base import EvictionMethod, budget
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.layer import NEEDS_ALL_QUERIES, LayerCompressor
 from fastcache.compression.transform import BoundTransform, Spans
-from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables, window_rows
+from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables, similar, window_rows
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
@@ -107,13 +107,11 @@ class InlineCompressor:
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
         stored = [row for row in rows if step.chunks[row].kv_start]
         packed = [row for row in rows if not step.chunks[row].kv_start]
-        self._works = []
-        if stored:
-            self._works.append((self._work(step, host, stored), None))
-        if packed:
-            starts = host.cu_seqlens_q[:-1][packed]
-            where = Packed.of(starts, host.kv_lens[packed], self.pool.device)
-            self._works.append((self._work(step, host, packed), where))
+        self._works = [(self._work(step, host, group), None) for group in similar(stored, host.kv_lens)]
+        for group in similar(packed, host.kv_lens):
+            starts, lengths = host.cu_seqlens_q[:-1][group], host.kv_lens[group]
+            where = Packed.of(starts, lengths, self.pool.device)
+            self._works.append((self._work(step, host, group), where))
         return bool(rows)
 
     def _work(self, step: Step, host: HostBatch, rows: list[int]) -> Work:

@@ -271,6 +271,21 @@ def test_flashinfer_compresses_mixed_steps(folder, method):
     assert agree >= 0.8 * 4 * len(prompts)
 
 
+@pytest.mark.parametrize("name", [*FAST, "knorm", "random", "streaming_llm", "h2o", "expected_attention"])
+def test_two_layers_of_qwen3_8b_are_measured_within_the_memory_allowed(name):
+    """At 8 x 3968 tokens in a step, factor 5: at most 2 GiB beside the step's own tensors."""
+    from fastcache.compression.cost import measure
+    from fastcache.compression.cost_inputs import StepShape
+    from fastcache.compression.registry import create
+    from fastcache.config import CompressionConfig
+    from fastcache.device.ceilings import Ceilings
+
+    shape = StepShape(2, 32, 8, 128, torch.bfloat16, context=3968, sequences=8, ratio=0.8)
+    method = create(CompressionConfig(method=name))
+    found = measure(method, shape, CUDA, Ceilings(3e12, 7e14, "bfloat16"))
+    assert found.step_seconds > 0 and found.cost.extra_bytes <= 2 * 2**30
+
+
 def test_a_compressed_prefill_holds_little_beside_the_pool(folder):
     """No page of a whole context is owned, and a step's extra memory is a small multiple of its keys and values."""
     llm = LLM(

@@ -32,14 +32,18 @@ class Jobs:
 
     def receive(self, wait: bool) -> None:
         """Jobs that are done take effect. `wait`: for all that are under way."""
+        tuner = self._scheduler.tuner
         for launched in list(self._under_way):
             if wait:
+                started_s = time.perf_counter()
                 launched.wait()
+                if tuner is not None:
+                    tuner.waited(time.perf_counter() - started_s)
             if launched.done():
                 self._under_way.remove(launched)
                 self._scheduler.stage.finished(launched.job, self._scheduler.stats, time.perf_counter())
-                if self._scheduler.tuner is not None:
-                    self._scheduler.tuner.job_done(launched.tokens)
+                if tuner is not None:
+                    tuner.job_done(launched.tokens)
 
     def account(self, pending: PendingTokens, elapsed_s: float) -> None:
         """Count the time of a step whose tokens have arrived, without that of jobs ahead of it in its stream."""

@@ -16,6 +16,8 @@ INLINE, BESIDE, AFTER = "inline", "beside", "after"
 # A mixed step may cost this share of its prefill without gaining anything back: the price of not making decoding
 # sequences wait for a whole prompt.
 LATENCY_SHARE = 0.01
+# Places whose costs differ by less than this share of the prefill itself cannot be told apart.
+PLACE_MARGIN = 0.003
 # Requests come in a trickle, not in a burst, while at most one waits for so many that decode.
 TRICKLE = 4
 
@@ -88,13 +90,24 @@ def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
     known = {place: costs.exposed[place] for place in limits.places if place in costs.exposed}
     if costs.decode_fixed_s is None or costs.decode_s_per_byte is None or not known:
         return Decision(True, limits.places[0], NOT_MEASURED)
-    place = min(known, key=known.__getitem__)  # of equals the first: the fixed choice
+    place = cheapest(costs, limits)
     predicted = {"whole": _decode_s(costs, load, limits, load.context)}
     kept = _decode_s(costs, load, limits, load.kept)
     predicted |= {name: load.context * seconds + kept for name, seconds in known.items()}
     pays = predicted[place] < predicted["whole"]
     point = break_even(costs, load, limits, place)
     return Decision(pays, place, PAYS if pays else TOO_DEAR, predicted, point)
+
+
+def cheapest(costs: Costs, limits: Limits) -> str | None:
+    """The place that adds least to the main stream; None if none was measured. The fixed choice stays unless another
+    is better by more than the times of two equal steps differ."""
+    known = {place: costs.exposed[place] for place in limits.places if place in costs.exposed}
+    if not known:
+        return None
+    best, first = min(known, key=known.__getitem__), next(iter(known))
+    margin = PLACE_MARGIN * (costs.prefill_s_per_token or 0.0)
+    return best if known[first] - known[best] > margin else first
 
 
 def break_even(costs: Costs, load: RequestLoad, limits: Limits, place: str) -> float | None:

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any
 
 from fastcache.core import Sequence, Step
+from fastcache.engine.amounts import Amounts, amounts
 from fastcache.engine.averages import Plane, Ratio
 from fastcache.engine.policy import (
     AFTER,
@@ -23,13 +24,18 @@ from fastcache.engine.policy import (
     Limits,
     RequestLoad,
     balance,
+    cheapest,
     decide,
 )
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, Load, Turn
 
 TRIALS = 3  # observations before a cost counts as measured
 MOST_TRIALS = 9
-TRIED, CHEAPEST, NOTHING = "tried, to measure it", "adds least to the main stream", "nothing to balance"
+TRIED, NOTHING = "tried, to measure it", "nothing to balance"
+CHEAPEST, FIXED_IS_BEST = (
+    "adds least to the main stream",
+    "no other place adds clearly less to the main stream",
+)
 # The first steps of a kind compile kernels, and one that captures a graph takes many times as long as the next:
 # neither says anything about the device.
 UNSEEN, OUTLIER = 2, 4.0
@@ -67,7 +73,9 @@ class Tuner:
                 fixed, per_byte = self._decode.solve()
             if self._prefill.count >= TRIALS:
                 per_token = self._prefill.solve()[0]
-            self._costs = Costs(fixed, per_byte, per_token, _measured(self._exposed), _measured(self._mixed))
+            # A single observation may be below zero, as noise is; a cost is not.
+            exposed = {place: max(cost, 0.0) for place, cost in _measured(self._exposed).items()}
+            self._costs = Costs(fixed, per_byte, per_token, exposed, _measured(self._mixed))
         return self._costs
 
     @property
@@ -98,12 +106,12 @@ class Tuner:
         return self._place()[0]
 
     def _place(self) -> tuple[str, str]:
-        untried, known = self._untried(self._exposed), self.costs.exposed
+        untried, best = self._untried(self._exposed), cheapest(self.costs, self.limits)
         if untried is not None:
             return untried, TRIED
-        if known:
-            return min(known, key=known.__getitem__), CHEAPEST
-        return self.limits.places[0], NOT_MEASURED
+        if best is None:
+            return self.limits.places[0], NOT_MEASURED
+        return best, CHEAPEST if best != self.limits.places[0] else FIXED_IS_BEST
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
@@ -152,7 +160,7 @@ class Tuner:
     def observe(self, step: Step, elapsed_s: float, compression_s: float, under_way: bool) -> None:
         """A step took `elapsed_s`, of which `compression_s` for compression on its own stream. `under_way`: a
         compression ran beside it."""
-        work = _work(step, self.limits.bytes_per_token)
+        work = amounts(step, self.limits.bytes_per_token)
         decode = self._decode.solve() if self._decode.count else (0.0, 0.0)
         prefill = self._prefill.solve() if self._prefill.count else (0.0, 0.0)
         base = prefill[0] * work.tokens + prefill[1] * work.pairs + decode[1] * work.kv_bytes
@@ -177,7 +185,7 @@ class Tuner:
         self._odd_run = self._odd_run + 1 if odd else 0
         return odd
 
-    def _observe_decode(self, work: _Work, elapsed_s: float, expected_s: float, under_way: bool) -> None:
+    def _observe_decode(self, work: Amounts, elapsed_s: float, expected_s: float, under_way: bool) -> None:
         if under_way and self._decode.count >= TRIALS:
             self._late_s += elapsed_s - expected_s
             return
@@ -194,23 +202,27 @@ class Tuner:
         self._mixed[chunk].add(1.0, elapsed_s - base_s)
 
     def _observe_prefill(
-        self, step: Step, work: _Work, elapsed_s: float, compression_s: float, base_s: float
+        self, step: Step, work: Amounts, elapsed_s: float, compression_s: float, base_s: float
     ) -> None:
         place = step.place or self.limits.places[0]
         on_main = place == INLINE
         if work.compressed and place in self._exposed and not place.startswith(AFTER):
             exposed = compression_s if on_main else elapsed_s - base_s
             if on_main or self._prefill.count >= TRIALS:
-                self._exposed[place].add(work.compressed, max(exposed, 0.0))
+                self._exposed[place].add(work.compressed, exposed)
         if on_main or not work.compressed:
             self._predicted("prefill", base_s + compression_s, elapsed_s, self._prefill.count)
             self._prefill.add(work.tokens, work.pairs, max(elapsed_s - compression_s, 0.0))
+
+    def waited(self, seconds: float) -> None:
+        """Nothing could be computed for so long but the compression under way."""
+        self._late_s += seconds
 
     def job_done(self, tokens: int) -> None:
         """A compression beside decode steps, over `tokens` context tokens, is complete."""
         for place, ratio in self._exposed.items():
             if place.startswith(AFTER):
-                ratio.add(tokens, max(self._late_s, 0.0))
+                ratio.add(tokens, self._late_s)
                 self._costs = None
         self._late_s = 0.0
 
@@ -244,28 +256,6 @@ class Tuner:
                 for kind, (n, expected, measured) in self.predicted.items()
             },
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """tokens through the model, (query, entry) pairs of prefill attention, KV bytes that decode rows read, context
-    tokens compressed inside the step."""
-
-    tokens: int
-    pairs: float
-    kv_bytes: float
-    compressed: int
-
-
-def _work(step: Step, bytes_per_token: int) -> _Work:
-    first_row = len(step.chunks) - step.decode_tokens
-    prompts, rows = step.chunks[:first_row], step.chunks[first_row:]
-    return _Work(
-        tokens=0 if step.decode else step.num_tokens,
-        pairs=sum(c.length * (c.kv_start + c.length / 2) for c in prompts),
-        kv_bytes=bytes_per_token * sum(c.kv_start + 1 for c in rows),
-        compressed=sum(c.kv_start + c.length for c in prompts if c.kept),
-    )
 
 
 def _measured(ratios: dict[Any, Ratio]) -> dict[Any, float]:

@@ -1,0 +1,100 @@
+"""Host time that deciding takes per step: queues counted, turns chosen, costs updated, a request decided.
+
+    python bench/policy_overhead.py --running 256 --waiting 64 --output results/policy-overhead.json
+
+Runs on any machine: nothing of it touches a device. Medians over many steps, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fastcache.bench.provenance import git_commit, source_digest
+from fastcache.config import SamplingParams
+from fastcache.core import Chunk, Request, Sequence, Step
+from fastcache.device.info import device_info
+from fastcache.engine.policy import Limits
+from fastcache.engine.queues import load_of
+from fastcache.engine.tuner import Tuner
+
+log = logging.getLogger("policy_overhead")
+BYTES_PER_TOKEN = 147_456  # Qwen3-8B, bfloat16
+PLACES, CHUNKS = ("inline", "beside:16", "beside:8", "after:16"), (2048, 4096, 8192)
+
+
+def sequences(count: int, decoding: bool) -> list[Sequence]:
+    made = []
+    for number in range(count):
+        request = Request(str(number), (1,) * 2048, SamplingParams(max_tokens=512, ignore_eos=True), 0.0)
+        seq = Sequence(request, kv_len=410, num_computed=2048, num_sampled=1, decoding=decoding, seat=number)
+        made.append(seq)
+    return made
+
+
+def microseconds(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
+    limits = Limits(running, 400_000 * BYTES_PER_TOKEN, BYTES_PER_TOKEN, PLACES, CHUNKS)
+    tuner = Tuner(limits, 3e12)
+    active, queued = sequences(running, True), sequences(waiting, False)
+    decode = Step(tuple(Chunk(s, s.num_computed, s.kv_len, 1, sample=True) for s in active), decode=True)
+    prompts = tuple(Chunk(s, 0, 0, 2048, sample=True, kept=410) for s in queued[:8])
+    prefill = Step(prompts, decode=False, place="inline")
+    for _ in range(10):
+        tuner.observe(decode, 0.008, 0.0, False)
+        tuner.observe(prefill, 0.5, 0.004, False)
+
+    def load():
+        return load_of(0.0, active, queued, 32_768, True)
+
+    def decode_step():
+        tuner.turns(load())
+        tuner.observe(decode, 0.008, 0.0, False)
+
+    def prefill_step():
+        tuner.turns(load())
+        tuner.place()
+        tuner.taken(prefill)
+        tuner.observe(prefill, 0.5, 0.004, False)
+
+    return {
+        "queues_us": microseconds(load, repeats),
+        "decode_step_us": microseconds(decode_step, repeats),
+        "prefill_step_us": microseconds(prefill_step, repeats),
+        "request_us": microseconds(lambda: tuner.admit(queued[0], 410, running + waiting), repeats),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--running", type=int, default=256)
+    parser.add_argument("--waiting", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = measure(args.running, args.waiting, args.repeats)
+    log.info("%d running, %d waiting: %s", args.running, args.waiting, found)
+    facts = {"running": args.running, "waiting": args.waiting, "repeats": args.repeats, **found}
+    facts |= {"host": device_info("cpu"), "git_commit": git_commit(), "source_digest": source_digest()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ class FrozenModel:
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).repeat(len(ids))
         x, residual = model.embed[ids.flatten()], None
         for layer in model.layers:
-            x, residual = layer(x, residual, positions, model.cos_sin, attend)
+            x, residual = layer(x, residual, positions, model.cos_sin, attend, None)
             hidden.append(x + residual)
         final = model.ops.add_rms_norm(x, residual, model.norm.weight, model.config.rms_norm_eps)[0]
         return hidden, final

@@ -1,6 +1,6 @@
 """Text to train and to judge on, from what installed wheels ship, and windows of tokens out of text files.
 
-    python -m fastcache.training.text --output FOLDER --wikipedia PAGES.xml.bz2 --packages torch numpy
+    python -m fastcache.training.text --output FOLDER --wikipedia gensim.whl --packages torch numpy
 
 writes `wikipedia.txt` and `docstrings.txt` to train on and `heldout.txt` to judge on: every fifth article, never
 trained on. Documents are separated by a line with a form feed. `pydoc_data.topics` is left out on purpose: the
@@ -15,13 +15,17 @@ import bz2
 import hashlib
 import importlib.util
 import inspect
+import io
 import random
 import re
 import sysconfig
 import xml.etree.ElementTree as ET
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -96,17 +100,32 @@ def require_length(corpus: Corpus, tokens: int) -> None:
 
 
 def articles(pages: Path) -> Iterator[str]:
-    """Plain text of the articles in a MediaWiki export (.xml.bz2), without markup, in the file's order."""
+    """Plain text of the articles in a MediaWiki export, without markup, in the file's order.
+
+    pages: .xml.bz2, or a wheel that holds one, as gensim's does among its test data. Errors: `DatasetError`.
+    """
     try:
-        with bz2.open(pages) as stream:
+        with _export(pages) as compressed, bz2.open(compressed) as stream:
             for _, element in ET.iterparse(stream):
                 if element.tag.endswith("}text") and element.text:
                     text = plain(element.text)
                     if len(text) >= MIN_ARTICLE:
                         yield text
                     element.clear()
-    except (OSError, EOFError, ET.ParseError) as error:
-        raise DatasetError(f"{pages} is not a readable MediaWiki export in bz2 ({error}).") from None
+    except (OSError, EOFError, ET.ParseError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{pages} holds no readable MediaWiki export in bz2 ({error}).") from None
+
+
+def _export(pages: Path) -> IO[bytes]:
+    if pages.suffix != ".whl":
+        return pages.open("rb")
+    with zipfile.ZipFile(pages) as wheel:
+        exports = [info for info in wheel.infolist() if fnmatch(info.filename, "*/*articles*.xml*.bz2")]
+        if not exports:
+            raise DatasetError(
+                f"{pages} holds no *articles*.xml*.bz2; give gensim's wheel, or an export itself."
+            )
+        return io.BytesIO(wheel.read(max(exports, key=lambda info: info.file_size)))
 
 
 def plain(markup: str) -> str:
@@ -156,7 +175,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--wikipedia", type=Path, required=True, help="a MediaWiki export, .xml.bz2")
+    parser.add_argument(
+        "--wikipedia", type=Path, required=True, help="an export, .xml.bz2, or a .whl with one"
+    )
     parser.add_argument(
         "--packages", nargs="*", default=[], help="installed packages whose docstrings are read"
     )

@@ -19,6 +19,7 @@ include: "workflow/rules/bench.smk"
 include: "workflow/rules/table.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/serving.smk"
 
 
 # Seconds each: on a cluster they run where Snakemake does.
@@ -31,6 +32,10 @@ localrules:
     plot_latency,
     plot_kv_memory,
     plot_agreement,
+    serving_table,
+    serving_gate,
+    plot_serving,
+    render_serving,
 
 
 # The report first, the verdict last: a failed cell never keeps a run from showing what it has.
@@ -38,8 +43,9 @@ rule all:
     default_target: True
     input:
         rows_of_this_run(),
-        "results/report.html",
-        "results/gate.txt",
+        ["results/report.html", "results/gate.txt"] if CELLS else [],
+        serving_rows_of_this_run(),
+        ["results/serving.html", "results/serving-gate.txt"] if SERVING else [],
 
 
 # A run that was killed cannot clean up: the next one knows it by this (workflow/scripts/stale_lock.py).

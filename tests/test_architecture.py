@@ -47,6 +47,8 @@ FOR_THE_WORKFLOW = {
     "bench.row",
     "bench.table",
     "bench.provenance",
+    "bench.serving.cells",
+    "bench.serving.row",
     "errors",
 }
 TORCH_FREE = ("", ".config", ".errors", ".cli", *(f".{name}" for name in sorted(FOR_THE_WORKFLOW)))

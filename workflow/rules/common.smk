@@ -119,6 +119,12 @@ def greenctx_proof(wildcards):
     return ancient(str(rules.verify_greenctx.output))
 
 
+def holds_serving_rows(name):
+    """Published rows are of one kind: matrix cells, or request rates."""
+    with Path("results/published", name, "rows.jsonl").open(encoding="utf-8") as lines:
+        return "row_id" in json.loads(lines.readline())
+
+
 def recorded_reports(wildcards):
     """The reports of the published rows that the config names, or of all that are published."""
     published = sorted(
@@ -129,4 +135,7 @@ def recorded_reports(wildcards):
         raise WorkflowError(
             "no rows are published: there is no results/published/NAME/rows.jsonl."
         )
-    return expand("results/recorded/{name}/report.html", name=names)
+    return [
+        f"results/recorded/{name}/{'serving' if holds_serving_rows(name) else 'report'}.html"
+        for name in names
+    ]

@@ -10,9 +10,10 @@ import jsonschema
 import yaml
 
 from fastcache.bench.matrix import MATRIX_KEYS, Expansion, expand
+from fastcache.bench.serving.cells import expand_serving
 from fastcache.errors import ConfigError, UnknownName
 
-WORKFLOW_KEYS = ("expected_failures", "report", "recorded")
+WORKFLOW_KEYS = ("serving", "expected_failures", "report", "recorded")
 
 
 def check_config(config: Mapping[str, Any], schema_path: Path) -> Expansion:
@@ -27,6 +28,8 @@ def check_config(config: Mapping[str, Any], schema_path: Path) -> Expansion:
     errors = sorted(checker.iter_errors(config), key=lambda e: (_is_about_a_name(e), len(e.absolute_path)))
     if errors:
         raise _as_user_error(_deepest(errors[-1]))
+    if expand_serving(config) and "workloads" not in config:
+        return Expansion([], [])  # a config may have open-loop load alone
     return expand(config, other_keys=WORKFLOW_KEYS)
 
 

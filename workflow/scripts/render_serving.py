@@ -1,0 +1,61 @@
+"""The serving page: one HTML file that opens offline, from the serving table and its figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import plotting
+from plot_serving import FIGURES
+from render_report import data_uri, distinct, inline_svg, templates
+from serving_findings import claims, overview
+
+
+def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figures: Path) -> dict[str, Any]:
+    """Everything the template may name."""
+    return {
+        "title": title,
+        "rows": rows,
+        "status": status,
+        "claims": claims(rows),
+        "overview": overview(rows),
+        "devices": distinct(row["device"] for row in rows),
+        "weights": distinct({"model": row["model"], **row["weights"]} for row in rows if row["weights"]),
+        "commits": distinct(row["git_commit"] for row in rows),
+        "workloads": distinct(row["cell"]["workload"] for row in rows),
+        "limits": distinct(
+            {
+                name: row["cell"][name]
+                for name in ("window_s", "drain_s", "slo_ttft_s", "slo_tpot_s", "sustained_ttft_s")
+            }
+            for row in rows
+        ),
+        "figures": {
+            name: {
+                "svg": inline_svg(figures / f"{name}.svg", name, name.replace("_", " ")),
+                "csv": data_uri(figures / f"{name}.csv"),
+            }
+            for name in FIGURES
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option in ("--rows", "--status", "--figures", "--templates", "--output"):
+        parser.add_argument(option, type=Path, required=True)
+    parser.add_argument("--title", default="Serving under load")
+    args = parser.parse_args()
+    rows = plotting.read_rows(args.rows)
+    status = json.loads(args.status.read_text(encoding="utf-8"))
+    page = templates(args.templates).get_template("serving.html.j2")
+    part = args.output.with_suffix(".part")
+    part.write_text(page.render(context(rows, status, args.title, args.figures)), encoding="utf-8")
+    os.replace(part, args.output)
+
+
+if __name__ == "__main__":
+    main()

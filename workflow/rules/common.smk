@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fastcache.bench.provenance import source_digest
+from fastcache.bench.serving.cells import expand_serving
 from fastcache.errors import UserError
 from snakemake.exceptions import WorkflowError
 from workflow.scripts import progress, stale_lock
@@ -33,6 +34,16 @@ try:
     }
 except UserError as error:
     sys.exit(f"Error in the config: {error}")
+
+# Engines under open-loop load, by id.
+SERVING = {cell.id: cell for cell in expand_serving(config)}
+# What measures an engine; as FASTCACHE_CELL_COMMAND for matrix cells.
+SERVING_COMMAND = os.environ.get("FASTCACHE_SERVING_COMMAND", "fastcache serving-cell")
+SERVING_FIGURES = expand(
+    "{{results}}/figures/serving_{figure}.{kind}",
+    figure=["latency", "throughput", "memory", "stages", "pages"],
+    kind=["svg", "csv"],
+)
 
 if stale_lock.clear_if_dead():
     logger.warning("The last run here was killed; its lock is removed.")
@@ -117,6 +128,28 @@ def greenctx_proof(wildcards):
         return []
     # str: ancient() marks the very object it is given, and the report does want a new proof.
     return ancient(str(rules.verify_greenctx.output))
+
+
+def serving_rows_of_this_run():
+    return expand("results/serving/{serving_cell}.json", serving_cell=SERVING)
+
+
+def serving_rows_of(wildcards):
+    """A file per engine, or one file that the repository holds."""
+    if wildcards.results == "results":
+        return serving_rows_of_this_run()
+    return [f"results/published/{Path(wildcards.results).name}/rows.jsonl"]
+
+
+def serving_model_files(wildcards):
+    """What an engine reads, besides a trace."""
+    cell = SERVING[wildcards.serving_cell]
+    files = [cell.workload.trace] if cell.workload.trace else []
+    if cell.model_path is None:
+        return files
+    if cell.model_path == str(Path(rules.get_smollm2.output.weights).parent):
+        return [*files, rules.get_smollm2.output.weights]
+    return [*files, f"{cell.model_path}/config.json"]
 
 
 def holds_serving_rows(name):

@@ -1,36 +1,4 @@
 # Engines under open-loop load: one job per engine, which goes through all its request rates and leaves a row for each.
-from fastcache.bench.serving.cells import expand_serving
-
-SERVING = {cell.id: cell for cell in expand_serving(config)}
-# What measures an engine; as FASTCACHE_CELL_COMMAND for matrix cells.
-SERVING_COMMAND = os.environ.get("FASTCACHE_SERVING_COMMAND", "fastcache serving-cell")
-SERVING_FIGURES = expand(
-    "{{results}}/figures/serving_{figure}.{kind}",
-    figure=["latency", "throughput", "memory", "stages", "pages"],
-    kind=["svg", "csv"],
-)
-
-
-def serving_rows_of_this_run():
-    return expand("results/serving/{serving_cell}.json", serving_cell=SERVING)
-
-
-def serving_rows_of(wildcards):
-    """A file per engine, or one file that the repository holds."""
-    if wildcards.results == "results":
-        return serving_rows_of_this_run()
-    return [f"results/published/{Path(wildcards.results).name}/rows.jsonl"]
-
-
-def serving_model_files(wildcards):
-    """What an engine reads, besides a trace."""
-    cell = SERVING[wildcards.serving_cell]
-    files = [cell.workload.trace] if cell.workload.trace else []
-    if cell.model_path is None:
-        return files
-    if cell.model_path == str(Path(rules.get_smollm2.output.weights).parent):
-        return [*files, rules.get_smollm2.output.weights]
-    return [*files, f"{cell.model_path}/config.json"]
 
 
 rule measure_serving:

@@ -299,3 +299,25 @@ def test_compressed_pages_are_never_matched_by_the_prefix_cache(tiny_model):
     assert cached.stats().prefix_hit_tokens == 2 * 60  # all but the last page, which must be computed again
     assert cached.stats().compressed_sequences == 3
     cached.check_books()
+
+
+@pytest.mark.parametrize("method", ["knorm", "tova"])
+def test_contexts_that_start_beside_questions_are_never_stored_whole(tiny_model, method):
+    """Steps mix questions behind compressed contexts, read from pages, with contexts compressed on the spot."""
+    folder = tiny_model("qwen3", 8, 2, 16, 48, 3, False)
+    prompts = prompts_of([70, 61, 66, 64, 70, 59], seed=8)
+    options = {"device": "cpu", "page_size": 4, "num_pages": 200, "max_num_batched_tokens": 100}
+    compression = {"method": method, "compression_ratio": 0.8}
+
+    def serve(texts: list[list[int]]) -> tuple[LLM, list[list[int]]]:
+        llm, done = LLM(folder, **options, compression=compression), {}
+        for number, text in enumerate(texts):
+            llm.add_request(text, greedy(5), request_id=str(number), context_len=len(text) - 7)
+        while llm.has_unfinished():
+            done.update((o.request_id, o.token_ids) for o in llm.step())
+        llm.check_books()
+        return llm, [done[str(number)] for number in range(len(texts))]
+
+    llm, together = serve(prompts)
+    assert together == [serve([prompt])[1][0] for prompt in prompts]
+    assert llm.stats().peak_pages <= sum(-(-((n - 7) // 5 + 1 + 7 + 4) // 4) for n in map(len, prompts))

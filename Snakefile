@@ -20,6 +20,7 @@ include: "workflow/rules/table.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/serving.smk"
+include: "workflow/rules/training.smk"
 
 
 # Seconds each: on a cluster they run where Snakemake does.

@@ -1,0 +1,53 @@
+# A compressor of one's own: `snakemake results/compressors/smollm2-f5.safetensors`. Not part of `all`.
+
+
+rule training_text:
+    output:
+        train=multiext("resources/text/", "wikipedia.txt", "docstrings.txt"),
+        heldout="resources/text/heldout.txt",
+    log:
+        "results/logs/training_text.log",
+    benchmark:
+        "results/benchmarks/training_text.tsv"
+    retries: 2
+    localrule: True
+    conda:
+        "../../envs/cpu.yaml"
+    params:
+        folder=subpath(output.heldout, parent=True),
+        wheels="resources/wheels",
+        gensim="4.4.0",
+    message:
+        "Getting text to train on: a slice of Wikipedia from gensim's wheel (28 MB, once), docstrings of torch and numpy"
+    shell:
+        "(python -m pip download --quiet --no-deps --dest {params.wheels} gensim=={params.gensim}"
+        " && python -m fastcache.training.text --output {params.folder} --packages numpy torch"
+        " --wikipedia {params.wheels}/gensim-{params.gensim}-*.whl) 2>&1 | tee {log}"
+
+
+# A run that was cut leaves OUTPUT.state beside its output, and the next one goes on from there.
+rule train_compressor:
+    input:
+        weights="resources/models/SmolLM2-135M-Instruct/model.safetensors",
+        train=rules.training_text.output.train,
+        heldout=rules.training_text.output.heldout,
+    output:
+        "results/compressors/smollm2-f{factor}.safetensors",
+    log:
+        "results/logs/train_compressor/smollm2-f{factor}.log",
+    benchmark:
+        "results/benchmarks/train_compressor/smollm2-f{factor}.tsv"
+    wildcard_constraints:
+        factor=r"[1-9]\d*",
+    conda:
+        "../../envs/cpu.yaml"
+    resources:
+        gpu=1,
+    params:
+        model=subpath(input.weights, parent=True),
+        settings="--steps 1500 --recent 64",
+    message:
+        "Training networks that merge {wildcards.factor} KV entries into one"
+    shell:
+        "python -m fastcache.cli train-compressor --model {params.model} --text {input.train}"
+        " --heldout {input.heldout} --factor {wildcards.factor} {params.settings} --output {output} > {log} 2>&1"

@@ -37,7 +37,10 @@ ALLOWED = {
     "__init__": {"config", "engine"},
 }
 # These see pages as well as tensors; a method and its kernels never do.
-WITH_PAGES = {f"compression/{name}.py" for name in ("repack", "work", "layer", "cost", "cost_inputs")}
+WITH_PAGES = {
+    f"compression/{name}.py"
+    for name in ("repack", "repack_heads_triton", "work", "layer", "cost", "cost_inputs")
+}
 # What a cell weighs and takes is counted from its model's shapes, before anything is loaded.
 WITH_SHAPES = {"bench/fits.py"}
 # The workflow's scripts may use what imports no torch, and otherwise the command line as a process.
@@ -61,6 +64,7 @@ LONGER = {
     "fastcache/compression/observe_triton.py:_moments_kernel": "one kernel, and a third of it stores four blocks",
     "fastcache/models/ops_triton.py:_norm_rope_kernel": "one kernel: a third of it is the list of its arguments",
     "fastcache/attention/ragged_triton.py:_attend_kernel": "one kernel: half of it is the list of its arguments",
+    "fastcache/compression/repack_heads_triton.py:_repack_kernel": "one kernel: half of it is the list of its arguments",
 }
 
 

@@ -16,35 +16,11 @@ from fastcache.attention.base import AttentionBackend
 from fastcache.attention.ragged import RaggedAttention, Rows
 from fastcache.core import HostBatch
 from fastcache.kvcache.head_layout import LayoutTable
+from fastcache.kvcache.head_layout_triton import pool_rows
 
 BLOCK = 64  # entries attended at once
 SPLIT_ENTRIES, MAX_SPLITS = 512, 16
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _pool_rows(
-    layout,
-    table,
-    head,
-    entry,
-    inside,
-    pages,
-    LAYERS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """Rows of the pool for `entry` of `head` (counted over all layers): `head_layout.entry_rows`, int64."""
-    HEADS: tl.constexpr = LAYERS * KV_HEADS
-    kept_units = (tl.load(layout + head) + PAGE - 1) // PAGE
-    first, rank = tl.load(layout + HEADS + head), tl.load(layout + 2 * HEADS + head)
-    block = entry // PAGE
-    grown = tl.load(layout + 3 * HEADS) + (block - kept_units) * HEADS + rank
-    unit = tl.where(block < kept_units, first + block, grown)
-    page = tl.load(table + unit // HEADS, mask=inside, other=0)
-    place = unit % HEADS
-    row = ((place // KV_HEADS).to(tl.int64) * pages + page) * KV_HEADS + place % KV_HEADS
-    return row * PAGE + entry % PAGE
 
 
 @triton.jit
@@ -76,7 +52,7 @@ def _store_kernel(
     head = layer * KV_HEADS + tl.minimum(column // DIM, KV_HEADS - 1)
     entry = tl.load(layout + head) + tl.load(appended_ptr + token).to(tl.int32)
     table = tables_ptr + token * table_stride
-    row = _pool_rows(layout, table, head, entry, inside, pages, LAYERS, KV_HEADS, PAGE)
+    row = pool_rows(layout, table, head, entry, inside, pages, LAYERS, KV_HEADS, PAGE)
     k = tl.load(k_ptr + token * k_stride + column, mask=inside)
     v = tl.load(v_ptr + token * v_stride + column, mask=inside)
     if LARGEST > 0:
@@ -133,7 +109,7 @@ def _attend_kernel(
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         inside = entry < end
-        row = _pool_rows(layout, table, head, entry, inside, pages, LAYERS, KV_HEADS, PAGE)
+        row = pool_rows(layout, table, head, entry, inside, pages, LAYERS, KV_HEADS, PAGE)
         where = row[:, None] * DIM + within[None]
         k = tl.load(keys_ptr + where, mask=inside[:, None], other=0.0).to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -249,6 +225,7 @@ class RaggedTriton(RaggedAttention):
             BLOCK=BLOCK,
             SPLIT=SPLIT_ENTRIES,
             SPLITS=splits,
+            num_stages=2 if q.dtype.itemsize == 4 else 3,  # shared memory
             **self._sizes(),
         )
         out = torch.empty((n, h.num_heads, h.head_dim), dtype=q.dtype, device=q.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastcache.compression import base, observe
 from fastcache.compression.base import EvictionMethod, LayerKV
+from fastcache.compression.repack import repack_heads
 
 Importance = Callable[[EvictionMethod, LayerKV], Tensor]
 
@@ -21,11 +22,12 @@ Importance = Callable[[EvictionMethod, LayerKV], Tensor]
 @dataclass(frozen=True)
 class Kernels:
     """`select` as `base.select`; `repack` as `repack_triton.repack_packed`, None where there is only torch's;
-    `attention_mass` and `query_statistics` as in `observe`."""
+    `repack_heads` as in `repack`; `attention_mass` and `query_statistics` as in `observe`."""
 
     name: str
     select: Callable[..., Tensor]
     repack: Callable[..., None] | None = None
+    repack_heads: Callable[..., None] = repack_heads
     attention_mass: Callable[..., Tensor] = observe.attention_mass
     query_statistics: Callable[..., tuple[Tensor, Tensor]] = observe.query_statistics
     importance: Mapping[str, Importance] = field(default_factory=dict)
@@ -46,6 +48,7 @@ def kernels_for(device: torch.device) -> Kernels:
         expected_attention_triton,
         keydiff_triton,
         observe_triton,
+        repack_heads_triton,
         repack_triton,
         select_triton,
         window_triton,
@@ -62,6 +65,7 @@ def kernels_for(device: torch.device) -> Kernels:
         "triton",
         select_triton.select,
         repack_triton.repack_packed,
+        repack_heads_triton.repack_heads,
         observe_triton.attention_mass,
         observe_triton.query_statistics,
         fast,

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastcache.compression.adakv import adaptive_counts
 from fastcache.compression.base import EvictionMethod, LayerKV
 from fastcache.compression.kernels import kernels_for
-from fastcache.compression.repack import repack_heads, repack_layer, repack_packed
+from fastcache.compression.repack import repack_layer, repack_packed
 from fastcache.compression.transform import Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work
 from fastcache.kvcache.head_layout import HeadRows
@@ -40,7 +40,7 @@ class LayerCompressor:
         if heads is None:
             repack_layer(self.pool, layer, keys, values, kept, work.fresh)
         else:
-            repack_heads(self.pool, heads, keys, values, kept, work.fresh)
+            self.kernels.repack_heads(self.pool, heads, keys, values, kept, work.fresh)
 
     def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
         """Contexts out of what the step has computed."""
@@ -51,7 +51,7 @@ class LayerCompressor:
         heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is not None:
             keys, values = where.padded(k, longest), where.padded(v, longest)
-            repack_heads(self.pool, heads, keys, values, kept, work.fresh)
+            self.kernels.repack_heads(self.pool, heads, keys, values, kept, work.fresh)
         elif self.kernels.repack is None:
             repack_packed(self.pool, layer, k, v, where.starts, kept, work.fresh)
         else:

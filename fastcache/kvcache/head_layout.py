@@ -107,6 +107,7 @@ class HeadRows:
     """One layer's part of n packed layouts, on the device: each (n, kv_heads) int64, `units` (n, 1, 1)."""
 
     def __init__(self, packed: Tensor, layer: int, kv_heads: int) -> None:
+        self.packed, self.layer = packed, layer
         parts = packed[:, :-1].unflatten(1, (3, -1))[:, :, layer * kv_heads : (layer + 1) * kv_heads].long()
         self.kept, self.first, self.rank = parts.unbind(1)
         self.units = packed[:, -1].long()[:, None, None]

@@ -66,6 +66,41 @@ def test_kernels_store_and_attend_like_the_reference(heads, stored):
         assert relative_error(fast._attend(layer, q, rows), slow._attend(layer, q, rows)) < 1e-2
 
 
+@pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn])
+def test_repack_matches_the_reference(stored):
+    from fastcache.compression.repack import repack_heads as slow
+    from fastcache.compression.repack_heads_triton import repack_heads as fast
+    from fastcache.kvcache.head_layout import HeadLayout, HeadRows, upload_layouts
+    from fastcache.kvcache.pool import KVPool, KVShape
+
+    heads, size, length, rng, device = 8, 128, 700, np.random.default_rng(1), torch.device("cuda")
+    shape = KVShape(LAYERS, heads, size, torch.bfloat16, stored)
+    pools = [KVPool(shape, 300, PAGE, device) for _ in range(2)]
+    layouts = [HeadLayout(rng.integers(1, n, (LAYERS, heads)), PAGE) for n in (600, 20, 300)]
+    packed, pages = upload_layouts(layouts, device), iter(rng.permutation(np.arange(1, 300)).tolist())
+    table = np.zeros((3, 60), np.int32)
+    for row, layout in enumerate(layouts):
+        table[row, : layout.pages(0)] = [next(pages) for _ in range(layout.pages(0))]
+    table = torch.from_numpy(table).to(device)
+    for layer in range(LAYERS):
+        # As a step has them: packed by token, heads inside.
+        k, v = (
+            torch.randn(3, length, heads, size, device=device, dtype=torch.bfloat16).transpose(1, 2)
+            for _ in "kv"
+        )
+        most = max(int(layout.kept[layer].max()) for layout in layouts)
+        kept = torch.full((3, heads, most), -1)
+        for row, layout in enumerate(layouts):
+            for head, count in enumerate(layout.kept[layer]):
+                kept[row, head, :count] = torch.from_numpy(np.sort(rng.permutation(length)[:count]))
+        for pool, repack in zip(pools, (slow, fast), strict=True):
+            repack(pool, HeadRows(packed, layer, heads), k, v, kept.to(device), table)
+    for want, got in ((pools[0].keys, pools[1].keys), (pools[0].values, pools[1].values)):
+        assert want.float().abs().sum() > 0
+        # The reference sends what is behind a budget to the scratch page.
+        assert torch.equal(got[:, 1:].view(torch.uint8), want[:, 1:].view(torch.uint8))
+
+
 @pytest.fixture(scope="module")
 def budgets(tmp_path_factory):
     path = tmp_path_factory.mktemp("budgets") / "budgets.json"
@@ -78,11 +113,15 @@ def prompts_of(lengths):
     return [torch.randperm(256, generator=generator)[:n].tolist() for n in lengths]
 
 
+@pytest.mark.parametrize("sharing", ["file", "adakv", "global"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_float32_tokens_equal_those_of_the_cpu(tiny_model, budgets, enforce_eager):
+def test_float32_tokens_equal_those_of_the_cpu(tiny_model, budgets, enforce_eager, sharing):
     folder = tiny_model("llama", 4, 2, 64, 128, 3, False)
     prompts, params = prompts_of([90, 133, 75, 1, 200]), SamplingParams(max_tokens=40, ignore_eos=True)
-    options = {"dtype": "float32", "num_pages": 300, "max_model_len": 512, "compression": budgets}
+    options = {"dtype": "float32", "num_pages": 300, "max_model_len": 512}
+    options["compression"] = budgets if sharing == "file" else budgets | {"head_budgets": sharing}
+    if sharing == "global":
+        options["compression"]["method"] = "kvzip"
     want = LLM(folder, device="cpu", **options).generate(prompts, params)
     llm = LLM(folder, device="cuda", enforce_eager=enforce_eager, **options)
     got = llm.generate(prompts, params)

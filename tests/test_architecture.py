@@ -64,7 +64,7 @@ LONGER = {
     "fastcache/compression/observe_triton.py:_moments_kernel": "one kernel, and a third of it stores four blocks",
     "fastcache/models/ops_triton.py:_norm_rope_kernel": "one kernel: a third of it is the list of its arguments",
     "fastcache/attention/ragged_triton.py:_attend_kernel": "one kernel: half of it is the list of its arguments",
-    "fastcache/compression/repack_heads_triton.py:_repack_kernel": "one kernel: half of it is the list of its arguments",
+    "fastcache/compression/repack_heads_triton.py:_repack_kernel": "one kernel, half of it arguments",
 }
 
 

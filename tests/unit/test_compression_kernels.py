@@ -15,12 +15,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).parent / "kernel_cases.py"
+FOLDER = Path(__file__).parent
 
 
-def test_kernels_equal_the_reference():
+@pytest.mark.parametrize("cases", ["kernel_cases.py", "ragged_kernel_cases.py"])
+def test_kernels_equal_the_reference(cases):
     run = subprocess.run(
-        [sys.executable, CASES],
+        [sys.executable, FOLDER / cases],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -148,6 +148,8 @@ class Scheduler:
         self._refused = not self.admission.admit(seq, self.running, self.stats)
         if self._refused:
             return False
+        if self.tuner is not None:
+            self.tuner.admitted()
         seq.seat = self._seats.pop()
         self.running.append(self.waiting.popleft())
         self.stats.peak_running = max(self.stats.peak_running, len(self.running))

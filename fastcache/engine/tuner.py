@@ -58,6 +58,7 @@ class Tuner:
         self._steps: Counter[str] = Counter()
         self._odd_run = 0
         self._chosen = Balance(False, None, NOTHING)
+        self._request: tuple[tuple[str, ...], RequestLoad, Decision] | None = None
         self._load: Load | None = None
         self._late_s = 0.0  # what decode steps took too long while a compression ran beside them
         self._costs: Costs | None = Costs()
@@ -87,7 +88,8 @@ class Tuner:
     # -- decisions ---------------------------------------------------------------------------------------------
 
     def admit(self, seq: Sequence, kept: int, sharing: int) -> Decision | None:
-        """Decide about a request that is about to be admitted, and note it there. None: nothing to compress."""
+        """Decide about a request that would be admitted next. None: nothing to compress."""
+        self._request = None
         if not kept:
             return None
         request = seq.request
@@ -98,8 +100,13 @@ class Tuner:
         decision = decide(self.costs, load, self.limits)
         seq.leave_whole = not decision.compress
         choice = "compressed" if decision.compress else "whole"
-        self._note(("compression", choice, decision.reason), load, decision)
+        self._request = ("compression", choice, decision.reason), load, decision
         return decision
+
+    def admitted(self) -> None:
+        """The request decided about last has been admitted; one that must wait is decided about again."""
+        if self._request is not None:
+            self._note(*self._request)
 
     def place(self) -> str:
         """Where the contexts that end in the next prefill step are compressed."""

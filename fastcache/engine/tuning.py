@@ -37,7 +37,7 @@ def make_tuner(config: EngineConfig, steps: StepLimits, pool: KVPool, places: di
         places=tuple(places),
         chunks=tuple(chunk for chunk in chunks if chunk > 0),
     )
-    return Tuner(limits, measure(pool.device.type).copy_bytes_s)
+    return Tuner(limits, measure(str(pool.device)).copy_bytes_s)
 
 
 def compression_places(

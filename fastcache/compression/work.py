@@ -74,12 +74,13 @@ def window_rows(host: HostBatch, rows: list[int], window: int) -> np.ndarray:
     return host.cu_seqlens_q[1:][rows][:, None] + np.arange(-window, 0)
 
 
-def similar(rows: Many[int], lengths: np.ndarray) -> list[list[int]]:
+def similar(rows: Many[int], lengths: np.ndarray, most: int | None = None) -> list[list[int]]:
     """`rows` in groups that are padded to each other, each ascending: none is less than half as long as its longest,
-    so that padding never takes more than the contexts themselves. lengths: by row."""
+    so that padding never takes more than the contexts themselves. lengths: by row. most: rows of a group."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: -lengths[row]):
-        if not groups or 2 * lengths[row] < lengths[groups[-1][0]]:
+        full = bool(groups) and len(groups[-1]) == most
+        if not groups or full or 2 * lengths[row] < lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(row)
     return [sorted(group) for group in groups]

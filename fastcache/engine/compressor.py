@@ -21,6 +21,9 @@ from fastcache.engine.transforming import LayerTransformer
 from fastcache.kvcache.head_layout import HeadLayout, Layout, LayoutTable, SharedLayout
 from fastcache.kvcache.pool import KVPool
 
+# Contexts whose query statistics are held at once: each takes a matrix of head size squared for every query head.
+MOST_COVARIANCES = 32
+
 
 class MethodPlan:
     """The numbers of a method that the scheduler plans with (see `demand.CompressionPlan`)."""
@@ -108,7 +111,8 @@ class InlineCompressor:
         stored = [row for row in rows if step.chunks[row].kv_start]
         packed = [row for row in rows if not step.chunks[row].kv_start]
         self._works = [(self._work(step, host, group), None) for group in similar(stored, host.kv_lens)]
-        for group in similar(packed, host.kv_lens):
+        most = MOST_COVARIANCES if "query_stats" in self.method.needs else None
+        for group in similar(packed, host.kv_lens, most):
             starts, lengths = host.cu_seqlens_q[:-1][group], host.kv_lens[group]
             where = Packed.of(starts, lengths, self.pool.device)
             self._works.append((self._work(step, host, group), where))

@@ -15,6 +15,7 @@ def test_padding_never_takes_more_than_the_contexts():
     for group in groups:
         assert len(group) * lengths[group].max() <= 2 * lengths[group].sum()
     assert similar([], lengths) == []
+    assert similar([0, 1, 2, 3, 5, 6], lengths, most=2) == [[0, 3], [5], [1, 6], [2]]
 
 
 def test_equal_neighbours_are_a_view_and_others_are_copied():

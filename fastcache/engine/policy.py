@@ -83,6 +83,7 @@ class Balance:
 NOT_MEASURED = "not measured yet: the fixed choice"
 PAYS, TOO_DEAR = "compression pays", "compression costs more than these outputs give back"
 GAIN, CALM, BURST = "mixed steps save decode steps", "mixed steps for latency", "a burst: prefill first"
+NO_GAIN = "a mixed step costs more than the decode step it saves"
 
 
 def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
@@ -159,4 +160,4 @@ def balance(costs: Costs, limits: Limits, pending: int, decoding: int, blocked: 
     if gain[best] > 0:
         return Balance(True, best, GAIN)
     calm = [chunk for chunk in known if gain[chunk] >= -LATENCY_SHARE * costs.prefill_s_per_token]
-    return Balance(True, calm[0], CALM) if calm else Balance(False, None, BURST)
+    return Balance(True, calm[0], CALM) if calm else Balance(False, None, NO_GAIN if steady else BURST)

@@ -13,6 +13,7 @@ from fastcache.engine.policy import (
     BURST,
     CALM,
     GAIN,
+    NO_GAIN,
     NOT_MEASURED,
     PLACE_MARGIN,
     TOO_DEAR,
@@ -122,6 +123,11 @@ def test_mixed_steps_save_decode_steps_only_where_the_rest_waits_for_them():
     assert blocked.together and blocked.chunk == 2048 and blocked.reason == GAIN
     trickle = balance(H100, LIMITS, pending=1, decoding=40, blocked=False)
     assert trickle.together and trickle.reason == GAIN
+
+
+def test_mixed_steps_that_cost_more_than_they_save_are_not_taken():
+    dear = dataclasses.replace(H100, mixed_s={2048: 0.02, 4096: 0.02, 8192: 0.02})
+    assert balance(dear, LIMITS, pending=60, decoding=4, blocked=True).reason == NO_GAIN
 
 
 def test_a_burst_is_mixed_only_if_that_costs_next_to_nothing():

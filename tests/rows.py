@@ -94,6 +94,7 @@ def _identity(cell: CellConfig) -> dict[str, Any]:
         "output_requested": cell.workload.output,
         "max_model_len": 4096,
         "peak_memory_bytes": 900_000_000,
+        "compressor": None,
         "weights": {"kind": "checkpoint", "sha256": "ab" * 32},
         "dtype": "float32",
         "kv_dtype": "float32",

@@ -147,6 +147,7 @@ def engine_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "num_pages": facts["num_pages"],
         "max_model_len": facts["max_model_len"],
         "weights": {name: facts["weights"][name] for name in ("kind", "sha256")},
+        "compressor": facts.get("compressor"),
         "device": device_info(facts["device"]),
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.provenance import git_commit, source_digest
+from fastcache.compression.registry import TRANSFORMS
 from fastcache.device.info import versions
 from fastcache.errors import OutputPathError
 
@@ -75,12 +76,20 @@ MEASURED = (
     "host_busy",
     "output_sample",
     "weights",
+    "compressor",
     "dtype",
     "kv_dtype",
     "kv_bytes_per_token",
     "num_pages",
     "device",
 )
+
+
+def backend_of(cell: CellConfig) -> str | None:
+    """The family of the cell's method, under the names that users know."""
+    if not cell.compressed:
+        return None
+    return "mlp" if cell.method in TRANSFORMS else "evict"
 
 
 def blank_row(cell: CellConfig) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def blank_row(cell: CellConfig) -> dict[str, Any]:
         "variant": cell.variant,
         "method": cell.method,
         "head_budgets": cell.head_budgets,
-        "backend": "evict" if cell.compressed else None,
+        "backend": backend_of(cell),
         "compression_factor": cell.compression_factor,
         "policy": ("fixed" if cell.tuning == "off" else "auto") if cell.compressed else None,
         "stage_policy": cell.policy,

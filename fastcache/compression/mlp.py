@@ -94,8 +94,11 @@ class BoundMLP(BoundTransform):
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(Path(self._checkpoint.path).read_bytes()).hexdigest()
+        layout, unused = self.layout, len(self._checkpoint.unused)
         return {
-            "checkpoint_sha256": digest,
-            "layout": self.layout.to_dict(),
-            "unused": len(self._checkpoint.unused),
+            "sha256": digest,
+            "factor": layout.factor,
+            "n_sink": layout.n_sink,
+            "recent": layout.recent,
+            "unused": unused,
         }

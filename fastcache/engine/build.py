@@ -13,7 +13,7 @@ from fastcache.attention.base import HeadShape
 from fastcache.attention.ragged import with_layouts
 from fastcache.attention.select import select_backend
 from fastcache.compression.registry import create
-from fastcache.compression.transform import TransformMethod
+from fastcache.compression.transform import BoundTransform, TransformMethod
 from fastcache.config import EngineConfig
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
@@ -81,7 +81,13 @@ class Parts:
             "image_token_id": vision.image_token_id if vision is not None else None,
             "tokens_per_image": vision.tokens_per_image if vision is not None else None,
             "partition": self.partition.report(),
+            "compressor": self._compressor(),
         }
+
+    def _compressor(self) -> dict[str, Any] | None:
+        """Which trained weights compress, if the method has any."""
+        method = self.runner.compressor.method if self.runner.compressor is not None else None
+        return method.describe() if isinstance(method, BoundTransform) else None
 
     def close(self) -> None:
         self.runner.model = self.runner.pool = self.runner.backend = None

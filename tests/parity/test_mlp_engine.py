@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import merge_oracle
 import pytest
 import torch
@@ -61,6 +63,10 @@ def test_greedy_tokens_of_a_ragged_batch(folder, prompts, layout, tmp_path):
     # Small steps: one context is compressed out of its step, others out of pages that earlier steps filled.
     for tokens_per_step in (256, 32):
         llm = LLM(str(folder), max_num_batched_tokens=tokens_per_step, **options)
+        assert llm.describe()["compressor"] == {
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            **{"factor": FACTOR, "n_sink": layout.n_sink, "recent": layout.recent, "unused": 0},
+        }
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW, ignore_eos=True))
         llm.check_books()
         llm.close()

@@ -25,18 +25,21 @@ include: "workflow/rules/training.smk"
 
 # Seconds each: on a cluster they run where Snakemake does.
 localrules:
-    write_plan,
-    make_table,
-    gate,
-    render_report,
+    serving_table,
+    serving_gate,
+    render_serving,
     plot_throughput,
     plot_latency,
     plot_kv_memory,
     plot_agreement,
-    serving_table,
-    serving_gate,
+    plot_timeline,
+    plot_decisions,
+    plot_sm_ratio,
+    render_report,
     plot_serving,
-    render_serving,
+    write_plan,
+    make_table,
+    gate,
 
 
 # The report first, the verdict last: a failed cell never keeps a run from showing what it has.

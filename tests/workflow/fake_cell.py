@@ -3,8 +3,8 @@
     fake_cell.py PLAN --output ROW
 
 FAKE_FAULTS is a JSON mapping from a part of a cell id to what happens to that cell; every start is noted in
-`measured.txt` in the working directory, and in `devices.txt` which device each had from when to when. It takes
-FAKE_SECONDS.
+`measured.txt` in the working directory, and in `devices.txt` which device each had from when to when. It waits until
+FAKE_TOGETHER cells have started.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def measure(source: Path, target: Path) -> None:
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    together = int(os.environ.get("FAKE_TOGETHER", "1"))
+    while len(Path("measured.txt").read_text(encoding="utf-8").split()) < together:
+        time.sleep(0.05)
     with Path("devices.txt").open("a", encoding="utf-8") as note:
         note.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {started} {time.monotonic()}\n")
     if fault == "hang":

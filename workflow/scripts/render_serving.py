@@ -20,6 +20,7 @@ def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figu
         "title": title,
         "rows": rows,
         "status": status,
+        "busy": sum(bool(row["host_busy"]) for row in rows),
         "claims": claims(rows),
         "overview": overview(rows),
         "devices": distinct(row["device"] for row in rows),

@@ -64,7 +64,8 @@ check: $(VENV)/.dev
 clean:
 	rm -rf results/cells results/plan results/figures results/logs results/benchmarks results/environment \
 		results/recorded results/plan.json results/rows.jsonl results/table.csv results/status.json \
-		results/report.html results/gate.txt results/estimate.json results/history.jsonl
+		results/report.html results/gate.txt results/estimate.json results/history.jsonl \
+		results/quality results/quality.jsonl results/quality.csv results/quality-status.json
 
 # A stamp per set of pins: installing again only when they change.
 $(VENV)/.runtime: envs/cpu.txt pyproject.toml

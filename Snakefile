@@ -16,6 +16,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/environment.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/bench.smk"
+include: "workflow/rules/quality.smk"
 include: "workflow/rules/table.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
@@ -47,6 +48,7 @@ rule all:
     default_target: True
     input:
         rows_of_this_run(),
+        quality_of_this_run(),
         ["results/report.html", "results/gate.txt"] if CELLS else [],
         serving_rows_of_this_run(),
         ["results/serving.html", "results/serving-gate.txt"] if SERVING else [],

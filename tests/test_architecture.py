@@ -52,6 +52,8 @@ FOR_THE_WORKFLOW = {
     "bench.provenance",
     "bench.serving.cells",
     "bench.serving.row",
+    "bench.quality.cells",
+    "bench.quality.row",
     "errors",
 }
 TORCH_FREE = ("", ".config", ".errors", ".cli", *(f".{name}" for name in sorted(FOR_THE_WORKFLOW)))

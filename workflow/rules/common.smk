@@ -114,7 +114,10 @@ def script(name):
 
 def model_files(wildcards):
     """What a cell reads: the model the workflow makes, or a folder that has to be there already."""
-    path = CELLS[wildcards.cell].model_path
+    return files_of_model(CELLS[wildcards.cell].model_path)
+
+
+def files_of_model(path):
     if path is None:
         return []
     if path == str(Path(rules.get_smollm2.output.weights).parent):

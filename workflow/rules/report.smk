@@ -7,12 +7,14 @@ rule render_report:
         status="{results}/status.json",
         plan=plan_of,
         proof=proof_of,
+        quality="{results}/quality.jsonl",
+        quality_figure=multiext("{results}/figures/quality", ".svg", ".csv"),
         figures=expand(
             "{{results}}/figures/{figure}.{kind}", figure=FIGURES, kind=["svg", "csv"]
         ),
         script=script("render_report.py"),
         findings=[
-            script(f"{name}.py") for name in ("findings", "discussion", "reproduction")
+            script(f"{name}.py") for name in ("findings", "discussion", "reproduction", "quality_findings")
         ],
         templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],
     output:
@@ -36,12 +38,13 @@ rule render_report:
         "Writing {output}"
     shell:
         "python {input.script} --rows {input.rows} --status {input.status} {params.plan} {params.proof}"
-        " --history {wildcards.results}/history.jsonl --figures {wildcards.results}/figures --templates {params.templates} --output {output} 2> {log}"
+        " --quality {input.quality} --history {wildcards.results}/history.jsonl --figures {wildcards.results}/figures --templates {params.templates} --output {output} 2> {log}"
 
 
 rule report:
     input:
         rows_of_this_run(),
+        quality_of_this_run(),
         "results/report.html",
 
 

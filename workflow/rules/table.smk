@@ -49,7 +49,7 @@ rule make_table:
 
 rule gate:
     input:
-        status="results/status.json",
+        status=["results/status.json", "results/quality-status.json"],
         report="results/report.html",
         script=script("gate.py"),
     output:

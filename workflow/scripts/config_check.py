@@ -13,7 +13,7 @@ from fastcache.bench.matrix import MATRIX_KEYS, Expansion, expand
 from fastcache.bench.serving.cells import expand_serving
 from fastcache.errors import ConfigError, UnknownName
 
-WORKFLOW_KEYS = ("serving", "expected_failures", "report", "recorded")
+WORKFLOW_KEYS = ("quality", "serving", "expected_failures", "report", "recorded")
 
 
 def check_config(config: Mapping[str, Any], schema_path: Path) -> Expansion:

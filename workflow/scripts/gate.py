@@ -27,10 +27,11 @@ def verdict(status: dict[str, Any]) -> tuple[bool, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--status", type=Path, required=True)
+    parser.add_argument("--status", type=Path, nargs="+", required=True, help="of each kind of cell")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    passed, lines = verdict(json.loads(args.status.read_text(encoding="utf-8")))
+    verdicts = [verdict(json.loads(path.read_text(encoding="utf-8"))) for path in args.status]
+    passed, lines = all(ok for ok, _ in verdicts), [line for _, said in verdicts for line in said]
     sys.stdout.write("\n".join(lines) + "\n")
     if not passed:
         sys.stdout.write(

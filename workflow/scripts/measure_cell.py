@@ -22,15 +22,19 @@ import reproduction
 from gpu_token import VARIABLE, take, visible_devices, wanted
 
 from fastcache.bench.matrix import CellConfig
+from fastcache.bench.quality.cells import QualityCell
+from fastcache.bench.quality.row import blank_row as blank_quality_row
 from fastcache.bench.row import blank_row, failure, write_json
 
+KINDS = {"speed": CellConfig, "quality": QualityCell}
+BLANK = {CellConfig: blank_row, QualityCell: blank_quality_row}
 USER_ERROR = 2
 HISTORY = Path("results/history.jsonl")  # every measurement, so that a later one can be held against it
 POLL_S = 0.5
 GRACE_S = 5.0
 
 
-def measure(cell: CellConfig, plan: Path, target: Path, command: list[str], log: Path) -> int:
+def measure(cell: CellConfig | QualityCell, plan: Path, target: Path, command: list[str], log: Path) -> int:
     """Run `command PLAN --output TARGET`; afterwards TARGET holds a row, unless 2 (the user's mistake) is returned."""
     write_json(plan, cell.to_dict())
     target.unlink(missing_ok=True)
@@ -41,7 +45,7 @@ def measure(cell: CellConfig, plan: Path, target: Path, command: list[str], log:
         return USER_ERROR
     if code != 0 or read_row(target, cell) is None:
         message = f"`{' '.join(command)}` ended with code {code} and left no row; its messages are in {log}."
-        write_json(target, blank_row(cell) | failure("crashed", "SupervisorDied", message))
+        write_json(target, BLANK[type(cell)](cell) | failure("crashed", "SupervisorDied", message))
     return 0
 
 
@@ -66,7 +70,7 @@ def give_up(child: subprocess.Popen[Any]) -> NoReturn:
     raise SystemExit(1)
 
 
-def read_row(path: Path, cell: CellConfig) -> dict[str, Any] | None:
+def read_row(path: Path, cell: CellConfig | QualityCell) -> dict[str, Any] | None:
     """The row, or None if there is none or it is not this cell's."""
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
@@ -79,18 +83,21 @@ def summary(row: dict[str, Any], seconds: float) -> str:
     """The line a person watches the run by."""
     if row["status"] != "ok":
         return f"{row['status']:>11}  {row['cell_id']}: {row['error']['message']}"
+    if "tasks" in row:
+        return f"{len(row['tasks'])} tasks  {row['cell_id']}  (cell took {seconds:.0f} s)"
     speed, first = row["throughput_tok_s"], row["ttft_s"]["p50"]
     return f"{speed:>6.0f} tok/s  {row['cell_id']}  (TTFT {first:.2f} s; cell took {seconds:.0f} s)"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=KINDS, default="speed")
     parser.add_argument("--cell", type=json.loads, required=True, help="the cell as JSON")
     for option in ("--plan", "--row", "--log"):
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("command", nargs="+", help="what measures a cell")
     args = parser.parse_args()
-    cell = CellConfig.from_dict(args.cell)
+    cell = KINDS[args.kind].from_dict(args.cell)
     devices = visible_devices() if wanted(cell.device) else []
     if devices:
         os.environ[VARIABLE], _token = take(devices)  # the token is given back when this process ends
@@ -101,8 +108,10 @@ def main() -> int:
         return USER_ERROR
     seconds = time.monotonic() - started
     row = json.loads(args.row.read_text(encoding="utf-8"))
-    reproduction.remember(row, HISTORY)
-    left = progress.left(cell.id, seconds)
+    left = None
+    if args.kind == "speed":
+        reproduction.remember(row, HISTORY)
+        left = progress.left(cell.id, seconds)
     sys.stdout.write(summary(row, seconds) + "\n")
     if left is not None:
         sys.stdout.write(f"{'':>14}{left}\n")

@@ -254,8 +254,11 @@ Draw = Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]]
 
 def save(name: str, draw: Draw, rows: Path, svg: Path, csv: Path) -> None:
     """The figure and the numbers it shows; equal rows give equal bytes."""
+    write_figure(name, *draw(frame(read_rows(rows))), svg, csv)
+
+
+def write_figure(name: str, figure: Figure, points: pd.DataFrame, svg: Path, csv: Path) -> None:
     plt.rcParams["svg.hashsalt"] = name  # element ids from content, not from chance
-    figure, points = draw(frame(read_rows(rows)))
     figure.savefig(svg.with_suffix(".part"), format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     os.replace(svg.with_suffix(".part"), svg)

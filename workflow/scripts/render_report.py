@@ -15,6 +15,7 @@ from typing import Any
 import discussion
 import findings
 import jinja2
+import quality_findings
 import reproduction
 from findings import Row, count, percent, times
 from markupsafe import Markup
@@ -99,6 +100,23 @@ def spread_facts(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def quality_facts(quality: Sequence[Row], rows: Sequence[Row], figures: Path) -> dict[str, Any]:
+    """What the quality section shows: its rows, the best method per budget, the figure, what it was measured with."""
+    found = quality_findings.points(quality, rows)
+    return {
+        "rows": quality,
+        "tasks": list(dict.fromkeys(name for row in quality for name in row["tasks"])),
+        "texts": distinct(row["text_source"] for row in quality),
+        "dtypes": distinct(row["dtype"] for row in quality),
+        "models": distinct(row["model"] for row in quality),
+        "best": quality_findings.best_per_budget(found),
+        "score": next((point["score_name"] for point in found), None),
+        "skipped": sorted({t["skipped"] for row in quality for t in row["tasks"].values() if t["skipped"]}),
+        "svg": inline_svg(figures / "quality.svg", "quality", "quality against KV bytes and speed"),
+        "csv": data_uri(figures / "quality.csv"),
+    }
+
+
 def inline_svg(path: Path, name: str, title: str) -> Markup:
     """The figure's markup, its ids made unique in the page, with a title for those who cannot see it."""
     text = path.read_text(encoding="utf-8")
@@ -142,6 +160,7 @@ def context(
     figures: Path,
     proof: dict[str, Any] | None = None,
     history: Sequence[Row] = (),
+    quality: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """Everything the templates may name."""
     pairs, facts = findings.comparisons(rows), environment_facts(rows)
@@ -164,6 +183,7 @@ def context(
         "status": status,
         "excluded": plan["excluded"],
         "config": json.dumps(plan["config"], indent=2),
+        "quality": quality_facts(quality, rows, figures) if quality else None,
         "figures": {
             name: {
                 "svg": inline_svg(figures / f"{name}.svg", name, name.replace("_", " ")),
@@ -180,15 +200,17 @@ def main() -> None:
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--history", type=Path, help="earlier measurements of the same cells")
+    parser.add_argument("--quality", type=Path, required=True, help="the quality rows; the file may be empty")
     parser.add_argument("--greenctx", type=Path, help="what `fastcache prove-greenctx` wrote")
     args = parser.parse_args()
     lines = args.rows.read_text(encoding="utf-8").splitlines()
     plan = json.loads(args.plan.read_text(encoding="utf-8")) if args.plan else {"config": {}, "excluded": []}
     proof = json.loads(args.greenctx.read_text(encoding="utf-8")) if args.greenctx else None
     status = json.loads(args.status.read_text(encoding="utf-8"))
+    quality = [json.loads(line) for line in args.quality.read_text(encoding="utf-8").splitlines()]
     page = templates(args.templates).get_template("report.html.j2")
     rows, history = [json.loads(line) for line in lines], reproduction.recall(args.history)
-    html = page.render(context(rows, status, plan, args.figures, proof, history))
+    html = page.render(context(rows, status, plan, args.figures, proof, history, quality))
     part = args.output.with_suffix(".part")
     part.write_text(html, encoding="utf-8")
     os.replace(part, args.output)

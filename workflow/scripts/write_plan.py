@@ -10,6 +10,7 @@ from pathlib import Path
 from config_check import WORKFLOW_KEYS
 
 from fastcache.bench.matrix import expand
+from fastcache.bench.quality.cells import expand_quality
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     expansion = expand(args.config, other_keys=WORKFLOW_KEYS)
     plan = {
+        "quality": [cell.id for cell in expand_quality(args.config)],
         "config": args.config,
         "cells": {cell.id: cell.to_dict() for cell in expansion.cells},
         "excluded": [

@@ -1,0 +1,121 @@
+# Quality cells: the same pattern as speed cells, one job, one process, one file each, and a table of their own.
+from fastcache.bench.quality.cells import expand_quality
+
+QUALITY_COMMAND = os.environ.get("FASTCACHE_QUALITY_COMMAND", "fastcache quality")
+try:
+    QUALITY = {cell.id: cell for cell in expand_quality(config)}
+except UserError as error:
+    sys.exit(f"Error in the config: {error}")
+
+
+def quality_of_this_run():
+    return expand("results/quality/{cell}.json", cell=QUALITY)
+
+
+def quality_rows(wildcards):
+    """A file per cell, or the one that the repository holds; nothing where quality was not measured."""
+    if wildcards.results == "results":
+        return quality_of_this_run()
+    return published(wildcards, "quality.jsonl")
+
+
+def quality_inputs(wildcards):
+    """The model, and the text if it is not the one that ships with Python."""
+    cell = QUALITY[wildcards.cell]
+    return [*files_of_model(cell.model_path), *([cell.text] if cell.text else [])]
+
+
+rule measure_quality:
+    input:
+        data=quality_inputs,
+        # ancient: they measure nothing themselves
+        script=ancient(script("measure_cell.py")),
+        helpers=[ancient(script("gpu_token.py")), ancient(script("progress.py"))],
+    output:
+        "results/quality/{cell}.json",
+    log:
+        "results/logs/quality/{cell}.log",
+    benchmark:
+        "results/benchmarks/quality/{cell}.tsv"
+    wildcard_constraints:
+        cell="|".join(QUALITY) or "none",
+    conda:
+        "../../envs/cpu.yaml"
+    threads: 64  # scaled down to all there are
+    resources:
+        gpu=1,
+        runtime=lambda wildcards: int(QUALITY[wildcards.cell].timeout_s / 60) + 6,
+    params:
+        cell=lambda wildcards: json.dumps(
+            QUALITY[wildcards.cell].to_dict(), sort_keys=True
+        ),
+        digest=source_digest(),
+        command=QUALITY_COMMAND,
+        plan="results/plan/{cell}.json",
+    message:
+        "Measuring {wildcards.cell}"
+    shell:
+        "exec python {input.script} --kind quality --cell {params.cell:q} --row {output}"
+        " --plan {params.plan} --log {log} -- {params.command}"
+
+
+rule quality_table:
+    input:
+        rows=quality_rows,
+        plan=plan_of,
+        script=script("quality_table.py"),
+        shared=script("make_table.py"),
+        schema=str(SCHEMAS / "quality.schema.yaml"),
+    output:
+        rows="{results}/quality.jsonl",
+        table="{results}/quality.csv",
+        status="{results}/quality-status.json",
+    log:
+        "{results}/logs/quality_table.log",
+    localrule: True
+    conda:
+        "../../envs/cpu.yaml"
+    params:
+        plan=lambda wildcards, input: f"--plan {input.plan}" if input.plan else "",
+    message:
+        "Checking the quality rows"
+    shell:
+        "python {input.script} --sources {input.rows} {params.plan} --schema {input.schema}"
+        " --rows {output.rows} --table {output.table} --status {output.status} 2> {log}"
+
+
+rule plot_quality:
+    input:
+        rows="{results}/quality.jsonl",
+        speed="{results}/rows.jsonl",
+        script=script("plot_quality.py"),
+        findings=script("quality_findings.py"),
+        style=script("plotting.py"),
+    output:
+        svg=report(
+            "{results}/figures/quality.svg",
+            caption="../report/quality.rst",
+            category="Figures",
+            labels={
+                "figure": "quality",
+                "shows": "KV bytes and speed against quality",
+            },
+        ),
+        csv="{results}/figures/quality.csv",
+    log:
+        "{results}/logs/plot_quality.log",
+    localrule: True
+    conda:
+        "../../envs/cpu.yaml"
+    message:
+        "Drawing quality against KV bytes and throughput"
+    shell:
+        "python {input.script} --rows {input.rows} --speed {input.speed}"
+        " --svg {output.svg} --csv {output.csv} 2> {log}"
+
+
+# Quality alone: its cells, its table and its figure, from a config that also has a speed matrix.
+rule quality:
+    input:
+        quality_of_this_run(),
+        "results/quality.csv",

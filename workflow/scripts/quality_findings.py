@@ -1,0 +1,102 @@
+"""What the quality rows say: points with a score and a price, and the best method for every budget. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+# The score a figure shows: retrieval first, since perplexity saturates; else how far the distribution stays the same.
+SCORES = (
+    ("needles4", "accuracy"),
+    ("needle", "accuracy"),
+    ("kv_lookup", "accuracy"),
+    ("continuation", "top1"),
+)
+NAMES = {
+    ("needles4", "accuracy"): "needles found, of four per context",
+    ("needle", "accuracy"): "needles found",
+    ("kv_lookup", "accuracy"): "keys looked up",
+    ("continuation", "top1"): "same likeliest next token as the whole cache",
+}
+
+
+def score_of(rows: Sequence[Row]) -> tuple[str, str] | None:
+    """(task, field) of the first score that some row has and no row says may not be used."""
+    for task, field in SCORES:
+        found = [row["tasks"][task] for row in rows if task in row["tasks"]]
+        if found and all(result["skipped"] is None for result in found):
+            return task, field
+    return None
+
+
+def points(rows: Sequence[Row], speed: Sequence[Row] = ()) -> list[Row]:
+    """A point per ok row: its score, its price in KV bytes, and the throughput of the speed cells that ran the same
+    model, method, settings and ratio (the median over cells, relative to their baselines); None where there is none."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        ok = [row for row in rows if row["model"] == model and row["status"] == "ok"]
+        score = score_of(ok)
+        for row in ok if score else ():
+            result = row["tasks"].get(score[0], {})
+            found.append(
+                {
+                    "cell_id": row["cell_id"],
+                    "model": model,
+                    "label": row["label"],
+                    "guard": row["guard"] or row["method"] == "full",
+                    "compression_ratio": row["compression_ratio"],
+                    "score_name": NAMES[score],
+                    "score": result.get(score[1]),
+                    "score_se": result.get(f"{score[1]}_se"),
+                    "kl": row["tasks"].get("continuation", {}).get("kl"),
+                    "kept": row["kept"],
+                    "kv_bytes_share": row["kv_bytes_share"],
+                    "kv_bytes_per_token": row["kv_bytes_per_token"],
+                    "speedup": _speedup(row, speed),
+                }
+            )
+    return found
+
+
+def _speedup(row: Row, speed: Sequence[Row]) -> float | None:
+    values = sorted(
+        other["speedup_vs_baseline"]
+        for other in speed
+        if other["speedup_vs_baseline"] is not None and _settings(other) == _quality_settings(row)
+    )
+    return values[(len(values) - 1) // 2] if values else None
+
+
+def _quality_settings(row: Row) -> tuple[Any, ...]:
+    cell, ratio = row["cell"], row["compression_ratio"]
+    if row["method"] == "full":
+        return (row["model"], None, None, {}, None, row["kv_dtype"])
+    ratio = None if ratio is None else round(ratio, 4)
+    return (row["model"], row["method"], ratio, cell["method_params"], row["head_budgets"], row["kv_dtype"])
+
+
+def _settings(row: Row) -> tuple[Any, ...]:
+    cell, factor = row["cell"], row["compression_factor"]
+    if row["variant"] not in ("baseline", "compression-only"):
+        return ()
+    ratio = None if factor is None else round(1 - 1 / factor, 4)
+    params, heads = cell.get("method_params") or {}, cell.get("head_budgets")
+    return (row["model"], row["method"], ratio, params, heads, cell.get("kv_dtype") or "auto")
+
+
+def best_per_budget(found: Sequence[Row]) -> list[Row]:
+    """For each model and distinct share of KV bytes (to the percent) the best method, and what the whole cache does."""
+    lines = []
+    for model in dict.fromkeys(point["model"] for point in found):
+        own = [p for p in found if p["model"] == model and p["score"] is not None]
+        full = next((p for p in own if p["label"] == "full"), None)
+        budgets: dict[float, list[Row]] = {}
+        for point in own:
+            if not point["guard"]:
+                budgets.setdefault(round(point["kv_bytes_share"], 2), []).append(point)
+        for share in sorted(budgets, reverse=True):
+            best = max(budgets[share], key=lambda p: p["score"])
+            loss = None if full is None else full["score"] - best["score"]
+            lines.append({**best, "budget": share, "of": len(budgets[share]), "loss": loss})
+    return lines

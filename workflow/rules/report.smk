@@ -14,7 +14,8 @@ rule render_report:
         ),
         script=script("render_report.py"),
         findings=[
-            script(f"{name}.py") for name in ("findings", "discussion", "reproduction", "quality_findings")
+            script(f"{name}.py")
+            for name in ("findings", "discussion", "reproduction", "quality_findings")
         ],
         templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],
     output:

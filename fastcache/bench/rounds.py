@@ -15,8 +15,8 @@ from fastcache.config import SamplingParams
 # GPU three: the graph of each batch size is captured at its first decode step. Where requests end at different times
 # more sizes follow, and only a whole round meets them all.
 CPU_WARMUP_TOKENS, GPU_WARMUP_TOKENS = 16, 3
-# Rounds that a tuned engine may take at most to measure its costs, and which part of a batch they run.
-MEASURING_ROUNDS, MEASURING_SHARE = 8, 4
+# Rounds that a tuned engine may take at most to measure its costs, which part of a batch they run, and how many tokens.
+MEASURING_ROUNDS, MEASURING_SHARE, MEASURING_TOKENS = 8, 4, 4
 
 
 def start_to_first_token(llm: Any) -> float | None:
@@ -47,7 +47,7 @@ def warm_up(llm: Any, rounds: list[list[Batch]], kind: str, tuned: bool) -> None
     for _ in range(MEASURING_ROUNDS):
         if llm.decisions()["measured"]:
             break
-        run_batch(llm, few, CPU_WARMUP_TOKENS)
+        run_batch(llm, few, MEASURING_TOKENS)
 
 
 def run_round(llm: Any, batches: list[Batch]) -> Round:

@@ -1,4 +1,4 @@
-"""`ExpectedAttention.importance` with one pass over the keys: they are rotated instead of the covariances."""
+"""`ExpectedAttention.importance`, one pass over the keys for each query head: they are rotated, not the covariances."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastcache.compression.base import LayerKV
 from fastcache.compression.expected_attention import ExpectedAttention
 
 BLOCK_N = 64
+SHARES = 2  # programs that share the keys under one query head: its covariance stays with each
 
 
 @triton.jit
@@ -32,37 +33,41 @@ def _logits_kernel(
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """mu^T k' / sqrt(d) + k'^T C k' / (2 d) of a block of keys, k' = R^T k, for each query head of their group."""
-    pair = tl.program_id(0).to(tl.int64)
-    batch, head = pair // heads, pair % heads
+    """mu^T k' / sqrt(d) + k'^T C k' / (2 d) for one query head and a share of its keys, k' = R^T k."""
+    query_head = tl.program_id(0).to(tl.int64)
+    batch, head = query_head // (heads * GROUP), query_head // GROUP % heads
     length = tl.load(lengths_ptr + batch).to(tl.int32)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     half = d < HALF
-    inside = (n < length)[:, None] & half[None, :]
-    place = k_ptr + batch * k_batch + head * k_head + n[:, None].to(tl.int64) * k_entry + d[None, :]
-    a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + batch * HALF + d, mask=half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + batch * HALF + d, mask=half, other=0.0)[None, :]
-    one, two = a * cos + b * sin, b * cos - a * sin
+    mean_one = tl.load(mean_ptr + query_head * 2 * HALF + d, mask=half, other=0.0)[None, :] * scale
+    mean_two = tl.load(mean_ptr + query_head * 2 * HALF + HALF + d, mask=half, other=0.0)[None, :] * scale
     square = half[:, None] & half[None, :]
-    for g in range(GROUP):
-        query_head = pair * GROUP + g
-        mean_one = tl.load(mean_ptr + query_head * 2 * HALF + d, mask=half, other=0.0)[None, :]
-        mean_two = tl.load(mean_ptr + query_head * 2 * HALF + HALF + d, mask=half, other=0.0)[None, :]
-        logit = tl.sum(one * mean_one + two * mean_two, axis=1) * scale
-        cov = cov_ptr + query_head * 4 * HALF * HALF + d[:, None] * 2 * HALF + d[None, :]
-        one_one = tl.load(cov, mask=square, other=0.0)
-        one_two = tl.load(cov + HALF, mask=square, other=0.0)
-        two_two = tl.load(cov + 2 * HALF * HALF + HALF, mask=square, other=0.0)
-        spread = tl.dot(one, one_one, input_precision=PRECISION) * one
-        half_two = tl.dot(two, two_two, input_precision=PRECISION)
-        half_two = tl.dot(one, 2.0 * one_two, half_two, input_precision=PRECISION)
-        logit += tl.sum(spread + half_two * two, axis=1) * (0.5 * scale * scale)
-        tl.store(out_ptr + query_head * padded + n, logit, mask=n < padded)
+    cov = cov_ptr + query_head * 4 * HALF * HALF + d[:, None] * 2 * HALF + d[None, :]
+    halved = 0.5 * scale * scale
+    one_one = tl.load(cov, mask=square, other=0.0) * halved
+    one_two = tl.load(cov + HALF, mask=square, other=0.0) * (2.0 * halved)
+    two_two = tl.load(cov + 2 * HALF * HALF + HALF, mask=square, other=0.0) * halved
+    key_ptr = k_ptr + batch * k_batch + head * k_head + d[None, :]
+    each = tl.cdiv(tl.cdiv(padded, SHARES), BLOCK_N) * BLOCK_N
+    first = tl.program_id(1) * each
+    for start in range(first, tl.minimum(first + each, padded), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n < length)[:, None] & half[None, :]
+        place = key_ptr + n[:, None].to(tl.int64) * k_entry
+        a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+        one, two = a * cos + b * sin, b * cos - a * sin
+        of_one = tl.dot(one, one_one, input_precision=PRECISION) + mean_one
+        of_two = tl.dot(two, two_two, input_precision=PRECISION) + mean_two
+        of_two = tl.dot(one, one_two, of_two, input_precision=PRECISION)
+        tl.store(
+            out_ptr + query_head * padded + n, tl.sum(of_one * one + of_two * two, axis=1), mask=n < padded
+        )
 
 
 def expected_attention(method: ExpectedAttention, kv: LayerKV) -> Tensor:
@@ -73,7 +78,7 @@ def expected_attention(method: ExpectedAttention, kv: LayerKV) -> Tensor:
     query_heads = kv.query_mean.shape[1]
     cos, sin = (x.contiguous() for x in method.future_rotation(kv))
     logits = torch.empty((batch, query_heads, padded), dtype=torch.float32, device=keys.device)
-    _logits_kernel[(batch * heads, triton.cdiv(padded, BLOCK_N))](
+    _logits_kernel[(batch * query_heads, SHARES)](
         keys,
         kv.lengths,
         kv.query_mean.contiguous(),
@@ -89,8 +94,9 @@ def expected_attention(method: ExpectedAttention, kv: LayerKV) -> Tensor:
         HALF=dim // 2,
         BLOCK_D=max(16, triton.next_power_of_2(dim // 2)),
         BLOCK_N=BLOCK_N,
+        SHARES=SHARES,
         PRECISION="ieee" if keys.dtype.itemsize > 2 else "tf32",
-        num_warps=8,  # three float32 tiles spill from the registers of four
+        num_warps=4,
         num_stages=1,
     )
     return method.weigh(logits, kv)

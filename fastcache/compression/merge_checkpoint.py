@@ -117,7 +117,7 @@ def _pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def check_shapes(checkpoint: MergeCheckpoint, num_layers: int, head_dim: int, factor: int) -> None:
     """Errors: `CheckpointError` naming the first tensor that is missing or has another shape."""
-    for kind in {"tk", "tv", *checkpoint.kinds}:
+    for kind in sorted({"tk", "tv", *checkpoint.kinds}):
         for layer in range(num_layers):
             width = _tensor(checkpoint, kind, layer, 0, "bias", num_layers).shape[0]
             sizes = {0: (width, factor * head_dim), 3: (width, width), 6: (head_dim, width)}

@@ -81,3 +81,24 @@ def test_what_does_not_go_together_is_refused(folder, tmp_path):
         LLM(str(folder), compression=compression, device="cpu", num_pages=8)
     with pytest.raises(UnsupportedCombination, match="no head_budgets"):
         LLM(str(folder), compression=compression | {"head_budgets": "b.json"}, device="cpu", num_pages=8)
+
+
+def test_images_are_merged_apart_from_text(tmp_path):
+    from tiny_llava import IMAGE_TOKEN, picture, write_tiny_llava
+
+    folder = write_tiny_llava(tmp_path / "llava", head_dim=SIZE)
+    layout = MergeLayout(FACTOR, n_sink=2)
+    file = tmp_path / "nets.safetensors"
+    write_checkpoint(file, merge_oracle.networks(FACTOR, SIZE, 12, 3).state_dict(), layout, {})
+    compression = {"method": "mlp", "compression_factor": FACTOR, "params": {"checkpoint": str(file)}}
+    llm = LLM(str(folder), compression=compression, device="cpu", num_pages=64, max_model_len=128)
+    prompt = [*range(9), IMAGE_TOKEN, *range(23)]
+    outputs = llm.generate(
+        [{"prompt": prompt, "images": [picture(1)]}, list(range(30))],
+        SamplingParams(max_tokens=3, ignore_eos=True),
+    )
+    llm.check_books()
+    image = outputs[0].metrics.image_tokens
+    assert outputs[0].metrics.kv_len_after == layout.kept(32 + image, ((9, image),))
+    assert outputs[0].metrics.kv_len_after != layout.kept(32 + image)
+    assert outputs[1].metrics.kv_len_after == layout.kept(30)

@@ -51,7 +51,9 @@ def sustained_rate(rows: Sequence[Row]) -> float | None:
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Per model and compressed setting that was run under `dynamic`, what can be compared."""
+    """Per model and compressed setting that was run under `dynamic`, what can be compared. Rates that were measured
+    while something else kept the CPU busy are left out."""
+    rows = [row for row in rows if not row["host_busy"]]
     found: list[Claim] = []
     for model, policy, setting, release in engines(rows):
         if policy == "dynamic" and setting != FULL and release:
@@ -67,7 +69,10 @@ def _of_setting(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:
     speed, at_speed = _best(ours, first, lambda a, b: a["output_tok_s"] / b["output_tok_s"])
     static, at_static = _against_statics(rows, ours, model, setting)
     held = measured(rows, model=model, setting=setting, policy="dynamic", immediate_release=False)
-    memory, at_memory = _best(ours, held, lambda a, b: 1 - a["mean_kv_bytes"] / b["mean_kv_bytes"])
+    calm = [
+        [row for row in own if row["sustained"]] for own in (ours, held)
+    ]  # overloaded engines hold other requests
+    memory, at_memory = _best(*calm, lambda a, b: 1 - a["mean_kv_bytes"] / b["mean_kv_bytes"])
     full = measured(rows, model=model, setting=FULL, policy="dynamic", immediate_release=True)
     rate, full_rate = sustained_rate(ours), sustained_rate(full)
     gain = rate / full_rate if rate and full_rate else None

@@ -159,6 +159,7 @@ def pages(rows: Sequence[Row]) -> Drawn:
         )
         ax.set_title(f"{names[number]}\nat {last[names[number]]['rate']:g}/s", fontsize=7.5)
         ax.set_xlabel("s")
+        ax.set_ylabel("pages")
         points += [
             {"engine": names[number], "rate": last[names[number]]["rate"], **sample} for sample in samples
         ]

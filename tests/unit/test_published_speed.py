@@ -44,20 +44,39 @@ def test_speed_without_compression(line):
     ]
 
 
-@pytest.mark.parametrize("line", table("First look at compression"), ids=lambda line: line[0])
+def compression_row(label: str, variant: str) -> dict:
+    batch, context, output = map(int, CELL.search(label).groups())
+    key = ("qwen3-32b" if "32B" in label else "qwen3-8b", batch, context, output, variant)
+    names = ("model", "batch_size", "context_used", "output_used", "variant")
+    return next(r for r in rows("../h100-compression/rows.jsonl") if tuple(r[n] for n in names) == key)
+
+
+@pytest.mark.parametrize("line", table("With compression"), ids=lambda line: line[0])
 def test_speed_with_compression(line):
-    workload = "x".join(CELL.search(line[0]).groups()[:2]) + "+" + CELL.search(line[0])[3]
-    full, row = (
-        next(r for r in rows("speed.jsonl") if r["workload"] == workload and bool(r["compression"]) == on)
-        for on in (False, True)
-    )
+    full, row = (compression_row(line[0], variant) for variant in ("baseline", "compression-only"))
     assert line[1:] == [
-        f"{full['total_tok_s']:,.0f}",
-        f"{row['total_tok_s']:,.0f}",
-        f"{row['prefill_tok_s']:,.0f}",
-        f"{row['decode_ms_step']:.2f}",
+        f"{full['throughput_tok_s']:,.0f}",
+        f"{row['throughput_tok_s']:,.0f}",
+        f"{row['throughput_tok_s'] / full['throughput_tok_s']:.2f}",
+        f"{full['peak_running']}, {row['peak_running']}",
+        f"{full['peak_kv_bytes'] / 2**30:.1f}, {row['peak_kv_bytes'] / 2**30:.1f}",
     ]
 
 
+def test_what_methods_cost():
+    measured = json.loads((PUBLISHED / "../h100-compression/costs.json").read_text(encoding="utf-8"))[
+        "measured"
+    ]
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8").split("## What a method costs")[1]
+    for name, cost in measured.items():
+        limit, step = 1e3 * cost["limit_seconds"], 1e3 * cost["step_seconds"]
+        assert f"| {name} | {limit:.2f} | {step:.2f} | {cost['share_of_prefill']:.1%} |" in page
+
+
+def test_the_earlier_version():
+    by_use = {bool(r["compression"]): r for r in rows("speed.jsonl") if r["workload"] == "64x3968+128"}
+    assert [f"{by_use[on]['prefill_tok_s']:,.0f}" for on in (True, False)] == ["38,868", "41,423"]
+
+
 def test_the_tables_are_found():
-    assert len(table("Without compression")) == 9 and len(table("First look at compression")) == 2
+    assert len(table("Without compression")) == 9 and len(table("With compression")) == 3

@@ -113,3 +113,16 @@ def test_the_sweep_is_whole_and_its_csv_holds_the_same() -> None:
     assert len(rows) == 3 + 2 * 3 * 2 + 9 * (2 * 3 + 3 * 2)
     for row in rows:
         assert len(row["repeats_ms"]) == 3 and min(row["repeats_ms"]) > 0 and row["rate"] > 0
+
+
+def test_whole_runs_on_a_split():
+    """Each row of the sweep is a line of the table."""
+    page = (
+        (ROOT / "docs" / "green-contexts.md").read_text(encoding="utf-8").split("## Whole runs on a split")[1]
+    )
+    lines = (ROOT / "results/published/h100-sm-sweep/rows.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        sms = row["granted_sms"] or {"compress": "-", "main": "all"}
+        rates = (f"{row[name]:,.0f}" for name in ("throughput_tok_s", "prefill_tok_s", "decode_tok_s"))
+        assert f"| {row['variant']} | {sms['compress']}, {sms['main']} | {' | '.join(rates)} |" in page
+    assert len(lines) == 7

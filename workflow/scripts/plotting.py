@@ -29,6 +29,7 @@ VARIANT_COLOURS = {
     "auto-tune+greenctx": "#009E73",
     "triad": "#CC79A7",
 }
+BESIDE = 3  # panels across the page
 MARKERS = "osD^vP*X"
 BASELINE = "baseline"
 # Engine settings that make cells of the same requests different ones, in words; "" is the usual setting.
@@ -169,14 +170,18 @@ def theme() -> None:
 def grid(
     rows: Sequence[str], columns: Sequence[str], width: float = 3.9, height: float = 2.6
 ) -> tuple[Figure, Any]:
+    """Axes[row][column]. Rows of a single column stand beside each other, a few in each line of the page."""
     theme()
-    return plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=(width * len(columns), height * len(rows) + 0.5),
-        squeeze=False,
-        layout="constrained",
+    beside = min(len(rows), BESIDE) if len(columns) == 1 else 1
+    lines = -(-len(rows) // beside)
+    across = beside * len(columns)
+    fig, axes = plt.subplots(
+        lines, across, figsize=(width * across, height * lines + 0.5), squeeze=False, layout="constrained"
     )
+    axes = axes.reshape(lines * beside, len(columns))
+    for spare in axes[len(rows) :].flat:
+        spare.set_axis_off()
+    return fig, axes[: len(rows)]
 
 
 def dodge(series: Sequence[str], width: float = 0.8) -> dict[str, float]:

@@ -26,6 +26,8 @@ include: "workflow/rules/training.smk"
 
 # Seconds each: on a cluster they run where Snakemake does.
 localrules:
+    quality_table,
+    plot_quality,
     serving_table,
     serving_gate,
     render_serving,

@@ -167,17 +167,13 @@ def theme() -> None:
     )
 
 
-def grid(
-    rows: Sequence[str], columns: Sequence[str], width: float = 3.9, height: float = 2.6
-) -> tuple[Figure, Any]:
-    """Axes[row][column]. Rows of a single column stand beside each other, a few in each line of the page."""
+def grid(rows: Sequence[str], columns: Sequence[str], width: float = 3.9, height: float = 2.6) -> tuple:
+    """(figure, axes[row][column]). Rows of a single column stand beside each other, a few in each line."""
     theme()
     beside = min(len(rows), BESIDE) if len(columns) == 1 else 1
-    lines = -(-len(rows) // beside)
-    across = beside * len(columns)
-    fig, axes = plt.subplots(
-        lines, across, figsize=(width * across, height * lines + 0.5), squeeze=False, layout="constrained"
-    )
+    lines, across = -(-len(rows) // beside), beside * len(columns)
+    size = (width * across, height * lines + 0.5)
+    fig, axes = plt.subplots(lines, across, figsize=size, squeeze=False, layout="constrained")
     axes = axes.reshape(lines * beside, len(columns))
     for spare in axes[len(rows) :].flat:
         spare.set_axis_off()

@@ -33,7 +33,7 @@ AROUND_THE_CELLS = {
 
 @pytest.mark.parametrize(
     ("config", "cells", "model"),
-    [("config/config.yaml", 36, {"get_smollm2": 1, "verify_greenctx": 1}), ("config/smoke.yaml", 2, {})],
+    [("config/config.yaml", 36, {"get_smollm2": 1, "verify_greenctx": 1, "measure_quality": 6}), ("config/smoke.yaml", 2, {})],
 )
 def test_a_shipped_config_means_these_jobs(workplace, succeed, config, cells, model):
     (workplace.folder / "config").mkdir()

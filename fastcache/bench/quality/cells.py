@@ -120,7 +120,9 @@ class QualityCell(StrictConfig):
         """The method with what was done to it beside the ratio, as a reader says it."""
         parts = [self.method.replace("_", " ") if self.method == NO_CONTEXT else self.method]
         parts += [f"{name}={value}" for name, value in sorted(self.method_params.items())]
-        parts += ["head budgets"] if self.head_budgets else []
+        if self.head_budgets:
+            shared = self.head_budgets in ("adakv", "global")
+            parts.append(f"{self.head_budgets if shared else 'head'} budgets")
         parts += [self.kv_dtype] if self.kv_dtype != "auto" else []
         parts += ["query-aware"] if self.query_aware else []
         return " ".join(parts)

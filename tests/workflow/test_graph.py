@@ -26,6 +26,7 @@ def jobs(output: str) -> dict[str, int]:
 AROUND_THE_CELLS = {
     **dict.fromkeys(("all", "write_plan", "make_table", "render_report", "gate"), 1),
     **dict.fromkeys(("plot_throughput", "plot_latency", "plot_kv_memory", "plot_agreement"), 1),
+    **dict.fromkeys(("plot_timeline", "plot_decisions", "plot_sm_ratio"), 1),
     **dict.fromkeys(("quality_table", "plot_quality"), 1),
     **dict.fromkeys(("plot_decisions", "plot_sm_ratio", "plot_timeline"), 1),
 }
@@ -33,7 +34,10 @@ AROUND_THE_CELLS = {
 
 @pytest.mark.parametrize(
     ("config", "cells", "model"),
-    [("config/config.yaml", 36, {"get_smollm2": 1, "verify_greenctx": 1, "measure_quality": 6}), ("config/smoke.yaml", 2, {})],
+    [
+        ("config/config.yaml", 36, {"get_smollm2": 1, "verify_greenctx": 1, "measure_quality": 6}),
+        ("config/smoke.yaml", 2, {}),
+    ],
 )
 def test_a_shipped_config_means_these_jobs(workplace, succeed, config, cells, model):
     (workplace.folder / "config").mkdir()

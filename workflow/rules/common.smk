@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fastcache.bench.provenance import source_digest
+from fastcache.bench.quality.cells import expand_quality
 from fastcache.bench.serving.cells import expand_serving
 from fastcache.errors import UserError
 from snakemake.exceptions import WorkflowError
@@ -32,12 +33,14 @@ try:
         cell.id: cell
         for cell in check_config(config, SCHEMAS / "config.schema.yaml").cells
     }
+    QUALITY = {cell.id: cell for cell in expand_quality(config)}
 except UserError as error:
     sys.exit(f"Error in the config: {error}")
 
 # Engines under open-loop load, by id.
 SERVING = {cell.id: cell for cell in expand_serving(config)}
 # What measures an engine; as FASTCACHE_CELL_COMMAND for matrix cells.
+QUALITY_COMMAND = os.environ.get("FASTCACHE_QUALITY_COMMAND", "fastcache quality")
 SERVING_COMMAND = os.environ.get("FASTCACHE_SERVING_COMMAND", "fastcache serving-cell")
 SERVING_FIGURES = expand(
     "{{results}}/figures/serving_{figure}.{kind}",
@@ -175,3 +178,20 @@ def recorded_reports(wildcards):
         f"results/recorded/{name}/{'serving' if holds_serving_rows(name) else 'report'}.html"
         for name in names
     ]
+
+
+def quality_of_this_run():
+    return expand("results/quality/{cell}.json", cell=QUALITY)
+
+
+def quality_rows(wildcards):
+    """A file per cell, or the one that the repository holds; nothing where quality was not measured."""
+    if wildcards.results == "results":
+        return quality_of_this_run()
+    return published(wildcards, "quality.jsonl")
+
+
+def quality_inputs(wildcards):
+    """The model, and the text if it is not the one that ships with Python."""
+    cell = QUALITY[wildcards.cell]
+    return [*files_of_model(cell.model_path), *([cell.text] if cell.text else [])]

@@ -1,28 +1,4 @@
 # Quality cells: the same pattern as speed cells, one job, one process, one file each, and a table of their own.
-from fastcache.bench.quality.cells import expand_quality
-
-QUALITY_COMMAND = os.environ.get("FASTCACHE_QUALITY_COMMAND", "fastcache quality")
-try:
-    QUALITY = {cell.id: cell for cell in expand_quality(config)}
-except UserError as error:
-    sys.exit(f"Error in the config: {error}")
-
-
-def quality_of_this_run():
-    return expand("results/quality/{cell}.json", cell=QUALITY)
-
-
-def quality_rows(wildcards):
-    """A file per cell, or the one that the repository holds; nothing where quality was not measured."""
-    if wildcards.results == "results":
-        return quality_of_this_run()
-    return published(wildcards, "quality.jsonl")
-
-
-def quality_inputs(wildcards):
-    """The model, and the text if it is not the one that ships with Python."""
-    cell = QUALITY[wildcards.cell]
-    return [*files_of_model(cell.model_path), *([cell.text] if cell.text else [])]
 
 
 rule measure_quality:

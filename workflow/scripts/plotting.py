@@ -253,12 +253,8 @@ def legend(fig: Figure, series: Sequence[str], settings: Sequence[str] = ()) -> 
 Draw = Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]]
 
 
-def save(name: str, draw: Draw, rows: Path, svg: Path, csv: Path) -> None:
-    """The figure and the numbers it shows; equal rows give equal bytes."""
-    write_figure(name, *draw(frame(read_rows(rows))), svg, csv)
-
-
 def write_figure(name: str, figure: Figure, points: pd.DataFrame, svg: Path, csv: Path) -> None:
+    """The figure and the numbers it shows; equal rows give equal bytes."""
     plt.rcParams["svg.hashsalt"] = name  # element ids from content, not from chance
     figure.savefig(svg.with_suffix(".part"), format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -272,4 +268,4 @@ def run(name: str, draw: Draw) -> None:
     for option in ("--rows", "--svg", "--csv"):
         parser.add_argument(option, type=Path, required=True)
     args = parser.parse_args()
-    save(name, draw, args.rows, args.svg, args.csv)
+    write_figure(name, *draw(frame(read_rows(args.rows))), args.svg, args.csv)

@@ -54,7 +54,8 @@ def draw_here(folder: Path) -> None:
     for name in FIGURES:
         figure = importlib.import_module(f"plot_{name}")
         files = (folder / "figures" / f"{name}.{kind}" for kind in ("svg", "csv"))
-        plotting.save(name, figure.draw, folder / "rows.jsonl", *files)
+        rows = plotting.read_rows(folder / "rows.jsonl")
+        plotting.write_figure(name, *figure.draw(plotting.frame(rows)), *files)
 
 
 def render_here(rows: list[dict], figures: Path) -> str:

@@ -200,14 +200,15 @@ def main() -> None:
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--history", type=Path, help="earlier measurements of the same cells")
-    parser.add_argument("--quality", type=Path, required=True, help="the quality rows; the file may be empty")
+    parser.add_argument("--quality", type=Path, help="the quality rows; the file may be empty")
     parser.add_argument("--greenctx", type=Path, help="what `fastcache prove-greenctx` wrote")
     args = parser.parse_args()
     lines = args.rows.read_text(encoding="utf-8").splitlines()
     plan = json.loads(args.plan.read_text(encoding="utf-8")) if args.plan else {"config": {}, "excluded": []}
     proof = json.loads(args.greenctx.read_text(encoding="utf-8")) if args.greenctx else None
     status = json.loads(args.status.read_text(encoding="utf-8"))
-    quality = [json.loads(line) for line in args.quality.read_text(encoding="utf-8").splitlines()]
+    kept = args.quality.read_text(encoding="utf-8").splitlines() if args.quality else []
+    quality = [json.loads(line) for line in kept]
     page = templates(args.templates).get_template("report.html.j2")
     rows, history = [json.loads(line) for line in lines], reproduction.recall(args.history)
     html = page.render(context(rows, status, plan, args.figures, proof, history, quality))

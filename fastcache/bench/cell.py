@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastcache.bench import models
 from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.metrics import middle_round, summarise
+from fastcache.bench.options import common_options
 from fastcache.bench.prompts import Vocabulary
 from fastcache.bench.rounds import run_round, start_to_first_token, warm_up
 from fastcache.bench.row import PARTITION_FIELDS, blank_row, failure, write_json
@@ -115,24 +115,9 @@ def engine_options(cell: CellConfig) -> dict[str, Any]:
             bound=cell.greenctx_bound,
         )
     return {
-        "model": models.engine_source(cell.model, cell.model_path),
-        "load_format": cell.load_format,
-        "dtype": cell.dtype,
-        "kv_dtype": cell.kv_dtype,
-        "device": cell.device,
-        "page_size": cell.page_size,
-        "max_model_len": cell.model_len,
+        **common_options(cell),
         "max_num_seqs": cell.batch_size,
-        "max_num_batched_tokens": cell.max_num_batched_tokens,
-        "num_pages": cell.num_pages,
-        "gpu_memory_utilization": cell.gpu_mem_util,
-        "enable_prefix_caching": cell.enable_prefix_caching,
-        "attention_backend": cell.attention_backend,
-        "enforce_eager": cell.enforce_eager,
-        "seed": cell.seed,
-        "policy": cell.policy,
         "tuning": cell.tuning,
-        "immediate_release": cell.immediate_release,
         "compression": compression,
         "partition": partition or PartitionConfig(),
     }

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastcache.bench import models
 from fastcache.bench.cell import busy_host, classify, engine_facts, vocabulary
+from fastcache.bench.options import common_options
 from fastcache.bench.row import failure, write_json
 from fastcache.bench.serving.cells import FULL, ServingCell
 from fastcache.bench.serving.drive import drive, warm_up
@@ -79,23 +79,8 @@ def engine_options(cell: ServingCell) -> dict[str, Any]:
     if cell.method != FULL:
         compression = CompressionConfig(cell.method, ratio_of_factor(cell.compression_factor))
     return {
-        "model": models.engine_source(cell.model, cell.model_path),
-        "load_format": cell.load_format,
-        "dtype": cell.dtype,
-        "kv_dtype": cell.kv_dtype,
-        "device": cell.device,
-        "page_size": cell.page_size,
-        "max_model_len": cell.model_len,
+        **common_options(cell),
         "max_num_seqs": cell.max_num_seqs,
-        "max_num_batched_tokens": cell.max_num_batched_tokens,
-        "num_pages": cell.num_pages,
-        "gpu_memory_utilization": cell.gpu_mem_util,
-        "enable_prefix_caching": cell.enable_prefix_caching,
-        "attention_backend": cell.attention_backend,
-        "enforce_eager": cell.enforce_eager,
-        "seed": cell.seed,
-        "policy": cell.policy,
-        "immediate_release": cell.immediate_release,
         "compression": compression,
     }
 

@@ -347,3 +347,13 @@ def test_captions_of_the_page_exist_for_each_figure():
     captions = {p.name.split(".")[0] for p in (ROOT / "report/captions").glob("[a-z]*")}
     captions = {name for name in captions if not name.startswith("serving")}
     assert set(rules) == set(FIGURES) and captions == {*FIGURES, "quality"}
+
+
+def test_cells_with_and_without_pictures_are_told_apart(page):
+    with_images = {"name": "synthetic-long", "context": 2048, "output": 8, "images": 1}
+    without = {"name": "synthetic-long", "context": 2048, "output": 8}
+    config = SMALL_MATRIX | {"workloads": [with_images, without], "batch_sizes": [1], "methods": ["snapkv"]}
+    rows = rows_of(config)
+    panels = set(plotting.frame(rows)["panel"])
+    assert len(panels) == 2 and any("with 1 image, 2048" in panel for panel in panels)
+    assert "synthetic-long with 1 image</td>" in render_here(rows, page[0] / "figures")

@@ -100,7 +100,7 @@ def test_a_cell_that_fails_is_a_row_that_says_why(folder, tmp_path):
 @pytest.mark.slow
 def test_the_real_model_knows_what_it_read_and_only_that(smollm2):
     tasks = (
-        {"name": "needles4", "context": 200, "samples": 2},
+        {"name": "needles4", "context": 256, "samples": 2},
         {"name": "continuation", "context": 96, "output": 24, "samples": 2},
     )
     rows = [

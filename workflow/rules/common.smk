@@ -159,9 +159,10 @@ def serving_model_files(wildcards):
 
 
 def holds_serving_rows(name):
-    """Published rows are of one kind: matrix cells, or request rates."""
-    with Path("results/published", name, "rows.jsonl").open(encoding="utf-8") as lines:
-        return "row_id" in json.loads(lines.readline())
+    """Published rows are of one kind: matrix cells, or request rates. A file that is not there is its rule's to miss."""
+    rows = Path("results/published", name, "rows.jsonl")
+    first = rows.read_text(encoding="utf-8").splitlines()[:1] if rows.is_file() else []
+    return bool(first) and "row_id" in json.loads(first[0])
 
 
 def recorded_reports(wildcards):

@@ -7,6 +7,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -83,9 +84,8 @@ def rates_of(rows: Sequence[Row]) -> Rates | None:
 
 def from_rates(cell: CellConfig, rates: Mapping[str, Rates | None]) -> Estimate | None:
     """Counted FLOPs and bytes at the rates that other cells reached."""
-    kind = "cpu" if cell.device == "cpu" else "cuda"
-    rate = rates[kind] or (rates["cpu"] if cell.device == "auto" else None)
-    shape = shape_of(cell.model, cell.model_path)
+    kind = _kind(cell.device)
+    rate, shape = rates[kind], shape_of(cell.model, cell.model_path)
     if rate is None or shape is None:
         return None
     requests = (cell.workload.requests or cell.batch_size) * cell.workload.num_batches
@@ -102,12 +102,19 @@ def from_rates(cell: CellConfig, rates: Mapping[str, Rates | None]) -> Estimate 
     return Estimate(seconds, f"counted work at rates seen on {rate.device}")
 
 
+def _kind(device: str) -> str:
+    """ "auto" is the GPU of a machine that has NVIDIA's tools: rows of another kind of machine say nothing here."""
+    if device == "auto":
+        return "cuda" if shutil.which("nvidia-smi") else "cpu"
+    return device.split(":")[0]
+
+
 def _at_once(cell: CellConfig, shape: Any, rate: Rates, per_token: int, kept: float) -> int:
     """Requests that decode together: the batch, or as many as the KV pool holds."""
     held = per_token * (kept + cell.workload.output)
     if cell.num_pages is not None:
         room = cell.num_pages * cell.page_size * per_token
-    elif cell.device == "cpu" or rate.memory_bytes is None:
+    elif _kind(cell.device) == "cpu" or rate.memory_bytes is None:
         return cell.batch_size
     else:
         weights = shape.num_parameters * ITEM_BYTES[dtype_of(cell, shape)]

@@ -63,6 +63,12 @@ def test_speed_with_compression(line):
     ]
 
 
+def test_the_readme_quotes_the_least_and_the_greatest_ratio():
+    ratios = sorted(float(line[3]) for line in table("With compression"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"gave {ratios[0]:.2f} to {ratios[-1]:.2f} times the baseline's throughput" in readme
+
+
 def test_what_methods_cost():
     measured = json.loads((PUBLISHED / "../h100-compression/costs.json").read_text(encoding="utf-8"))[
         "measured"

@@ -69,6 +69,13 @@ def test_the_readme_quotes_the_least_and_the_greatest_ratio():
     assert f"gave {ratios[0]:.2f} to {ratios[-1]:.2f} times the baseline's throughput" in readme
 
 
+def test_the_clocks_of_prefill():
+    (row,) = (r for r in rows("../h100-sm-sweep/rows.jsonl") if r["variant"] == "baseline")
+    power, clock = row["clocks"]["power_w"]["median"], row["clocks"]["sm_mhz"]
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert f"{power:.0f} W and {clock['median']:,.0f} MHz, where the clock can be {clock['max']:,.0f}" in page
+
+
 def test_what_methods_cost():
     measured = json.loads((PUBLISHED / "../h100-compression/costs.json").read_text(encoding="utf-8"))[
         "measured"

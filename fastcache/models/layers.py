@@ -1,8 +1,8 @@
 """The layers that decoder-only models share. Projections that read the same input are merged.
 
 The way of the data in one layer, T packed tokens:
-hidden (T, n) -> norm -> qkv -> q/k norm, rotation -> attend(layer, q, k, v) -> output projection
--> add and norm -> gate and up -> silu * -> down.
+hidden (T, n) -> norm -> qkv -> q/k norm, rotation -> attend(layer, q, k, v) -> output projection, added to hidden
+-> norm -> gate and up -> silu * -> down, added to hidden.
 `attend` returns (T, H, d); it is an argument, so a layer holds no state of a batch. `attend` stores k and v, unless
 `places` says where: then the rotation does, which has them in registers.
 """
@@ -34,6 +34,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def add_to(self, residual: Tensor, x: Tensor, ops: Ops) -> Tensor:
+        """residual + y; may be in the residual's memory."""
+        return ops.project_add(x, self.weight, self.bias, residual)
+
 
 class Norm(nn.Module):
     """Holds a norm's weight; the arithmetic is `Ops`'s."""
@@ -59,14 +63,21 @@ class Attention(nn.Module):
         self.k_norm = Norm(config.head_dim) if qk_norm else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, cos_sin: Tensor, attend: Attend, places: Places | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        attend: Attend,
+        places: Places | None,
     ) -> Tensor:
+        """residual + attention of x, both (T, n)."""
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.eps)
         place = None if places is None else places(self.layer)
         q, k, v = self.ops.qk_norm_rope(self.qkv(x), self.heads, norms, cos_sin, positions, place)
-        return self.output(attend(self.layer, q, k, v).flatten(1))
+        return self.output.add_to(residual, attend(self.layer, q, k, v).flatten(1), self.ops)
 
 
 class FeedForward(nn.Module):
@@ -78,12 +89,13 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + MLP of x, both (T, n)."""
+        return self.down.add_to(residual, self.ops.silu_mul(self.gate_up(x)), self.ops)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward; the residual travels beside the hidden state, added once."""
+    """Pre-norm attention and feed-forward, each added to the hidden state."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops, qk_norm: bool) -> None:
         super().__init__()
@@ -96,16 +108,12 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        residual: Tensor | None,
         positions: Tensor,
         cos_sin: Tensor,
         attend: Attend,
         places: Places | None,
-    ) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            x, residual = self.ops.rms_norm(x, self.input_norm.weight, self.eps), x
-        else:
-            x, residual = self.ops.add_rms_norm(x, residual, self.input_norm.weight, self.eps)
-        x = self.attention(x, positions, cos_sin, attend, places)
-        x, residual = self.ops.add_rms_norm(x, residual, self.post_norm.weight, self.eps)
-        return self.feed_forward(x), residual
+    ) -> Tensor:
+        """(T, n) -> (T, n); may overwrite x."""
+        normed = self.ops.rms_norm(x, self.input_norm.weight, self.eps)
+        x = self.attention(normed, x, positions, cos_sin, attend, places)
+        return self.feed_forward(self.ops.rms_norm(x, self.post_norm.weight, self.eps), x)

@@ -40,10 +40,10 @@ class Llama(nn.Module):
         embeddings: (T, hidden_size) to start from in place of the tokens' own; they may be overwritten.
         places: where each layer stores its new keys and values; only with `ops.stores_kv`, else `attend` does.
         """
-        x, residual = self.embed[input_ids] if embeddings is None else embeddings, None
+        x = self.embed[input_ids] if embeddings is None else embeddings
         for layer in self.layers:
-            x, residual = layer(x, residual, positions, self.cos_sin, attend, places)
-        return self.ops.add_rms_norm(x, residual, self.norm.weight, self.config.rms_norm_eps)[0]
+            x = layer(x, positions, self.cos_sin, attend, places)
+        return self.ops.rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(S, hidden_size) -> (S, vocab_size), in the model's dtype."""

@@ -26,10 +26,9 @@ class Ops:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * (wide * scale).to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual); both (T, n). May reuse the inputs' memory."""
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total
+    def project_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """residual + x W^T (+ b): x (T, k), weight (n, k), residual (T, n). May reuse the residual's memory."""
+        return residual + F.linear(x, weight, bias)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """(T, 2n) -> (T, n): silu(first half) * second half."""

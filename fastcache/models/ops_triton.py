@@ -19,15 +19,12 @@ SILU_BLOCK = 2048
 
 
 @triton.jit
-def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: out = weight * normalise(x [+ residual]); with ADD the sum goes back to residual."""
+def _norm_kernel(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr):
+    """One row: out = weight * normalise(x)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     x = tl.load(x_ptr + row * size + columns, mask=inside, other=0.0)
-    if ADD:
-        x = x + tl.load(residual_ptr + row * size + columns, mask=inside, other=0.0)
-        tl.store(residual_ptr + row * size + columns, x, mask=inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
     normed = (wide * scale).to(x.dtype)
@@ -125,12 +122,16 @@ class TritonOps(Ops):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
-        _launch_norm(x, x, weight, out, eps, add=False)
+        size = x.shape[-1]
+        block = triton.next_power_of_2(size)
+        grid = (x.numel() // size,)
+        _norm_kernel[grid](x, weight, out, size, eps, BLOCK=block, num_warps=max(1, block // 1024))
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        _launch_norm(x, residual, weight, x, eps, add=True)
-        return x, residual
+    def project_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """The product's kernel adds what is there already, so the sum costs no pass over memory, and rounds once."""
+        total = residual.addmm_(x, weight.t())
+        return total if bias is None else total.add_(bias)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
@@ -177,12 +178,3 @@ class TritonOps(Ops):
         )
         parts = qkv.view(-1, rotated + kv_heads, dim).split([num_heads, kv_heads, kv_heads], dim=1)
         return parts[0], parts[1], parts[2]
-
-
-def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, add: bool) -> None:
-    size = x.shape[-1]
-    block = triton.next_power_of_2(size)
-    rows = x.numel() // size
-    _norm_kernel[(rows,)](
-        x, residual, weight, out, size, eps, ADD=add, BLOCK=block, num_warps=max(1, block // 1024)
-    )

@@ -40,12 +40,11 @@ class FrozenModel:
         """ids: (B, L) from position `first` on. Hidden states after each layer and the final ones, (B * L, n)."""
         model, hidden = self.model, []
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).repeat(len(ids))
-        x, residual = model.embed[ids.flatten()], None
+        x = model.embed[ids.flatten()]
         for layer in model.layers:
-            x, residual = layer(x, residual, positions, model.cos_sin, attend, None)
-            hidden.append(x + residual)
-        final = model.ops.add_rms_norm(x, residual, model.norm.weight, model.config.rms_norm_eps)[0]
-        return hidden, final
+            x = layer(x, positions, model.cos_sin, attend, None)
+            hidden.append(x)
+        return hidden, model.ops.rms_norm(x, model.norm.weight, model.config.rms_norm_eps)
 
     @torch.no_grad()
     def teacher(self, ids: Tensor, context: int, window: int = 0) -> Teacher:

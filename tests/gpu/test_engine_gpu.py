@@ -30,13 +30,24 @@ def test_norms_match_the_reference(rows, size):
     from fastcache.models.ops import Ops
     from fastcache.models.ops_triton import TritonOps
 
-    x, r = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     assert relative_error(TritonOps().rms_norm(x, w, 1e-6), Ops().rms_norm(x, w, 1e-6)) < 5e-3
-    want = Ops().add_rms_norm(x.clone(), r.clone(), w, 1e-6)
-    got = TritonOps().add_rms_norm(x.clone(), r.clone(), w, 1e-6)
-    assert torch.equal(got[1], want[1])
-    assert relative_error(got[0], want[0]) < 5e-3
+
+
+@pytest.mark.parametrize("rows,size", [(1, 256), (64, 4096), (130, 576)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_added_to_the_residual_match_the_reference(rows, size, bias):
+    from fastcache.models.ops import Ops
+    from fastcache.models.ops_triton import TritonOps
+
+    x, w, b, r = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((rows, 2 * size), (size, 2 * size), (size,), (rows, size))
+    )
+    args = (x, w, b if bias else None)
+    want = Ops().project_add(*(None if a is None else a.double() for a in args), r.double())
+    assert relative_error(TritonOps().project_add(*args, r.clone()), want) < 5e-3
 
 
 @pytest.mark.parametrize("rows,size", [(1, 256), (9, 12288), (130, 1536)])

@@ -26,6 +26,8 @@ from fastcache.compression.merge import MergeLayout, Net
 from fastcache.errors import CheckpointError
 
 METADATA = "fastcache"
+# In place of a path: seeded networks in the original's sizes, for dummy models alone (`dummy_checkpoint`).
+DUMMY, DUMMY_WIDTH = "dummy", 128
 LINEAR = (0, 3, 6)
 _NAME = re.compile(r"compress_(tk|tv|ik|iv)\.(\d+)\.(0|3|6)\.(weight|bias)")
 _UNUSED = re.compile(r"attention\.\d+\.(weight|bias)")
@@ -85,6 +87,20 @@ def read_checkpoint(path: str) -> MergeCheckpoint:
         metadata.get("record", {}),
         unused,
     )
+
+
+def dummy_checkpoint(num_layers: int, head_dim: int, factor: int, images: bool) -> MergeCheckpoint:
+    """Seeded networks that cost what trained ones cost and know nothing. All entries are merged, as keys unrotated."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {0: (DUMMY_WIDTH, factor * head_dim), 3: (DUMMY_WIDTH, DUMMY_WIDTH), 6: (head_dim, DUMMY_WIDTH)}
+    tensors = {}
+    for kind in ("tk", "tv", "ik", "iv") if images else ("tk", "tv"):
+        for layer in range(num_layers):
+            for linear, (rows, columns) in sizes.items():
+                weight = torch.randn(rows, columns, generator=generator) / columns**0.5
+                tensors[tensor_name(kind, layer, linear, "weight")] = weight
+                tensors[tensor_name(kind, layer, linear, "bias")] = torch.zeros(rows)
+    return MergeCheckpoint(DUMMY, tensors, MergeLayout(factor, unrotated=True, base="mean"), {}, ())
 
 
 def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from fastcache.compression.base import LayerKV
 from fastcache.compression.merge import MergeLayout, MergePlan, make_plan, merge_layer
-from fastcache.compression.merge_checkpoint import MergeCheckpoint, check_shapes, read_checkpoint
+from fastcache.compression.merge_checkpoint import (
+    DUMMY,
+    MergeCheckpoint,
+    check_shapes,
+    dummy_checkpoint,
+    read_checkpoint,
+)
 from fastcache.compression.transform import BoundTransform, ModelFit, Spans, TransformMethod
 from fastcache.config import require
 from fastcache.errors import CheckpointError, ConfigError
@@ -30,8 +36,9 @@ class MLP(TransformMethod):
 
     checkpoint: a file of `fastcache train-compressor`, or a `.pth` in the original's layout. The file says which
         first and last entries are never merged and how keys are turned (`merge.MergeLayout`); the original's says
-        nothing, and is read as its code was: all entries, keys as stored. There is no default and there are no
-        random weights. A merged key stands at the position of its group's last entry.
+        nothing, and is read as its code was: all entries, keys as stored. A merged key stands at the position of
+        its group's last entry. There is no default, and no random weights but those that "dummy" asks for, which only
+        a model with dummy weights takes.
     """
 
     name: ClassVar[str] = "mlp"
@@ -46,13 +53,13 @@ class MLP(TransformMethod):
         )
 
     def bind(self, fit: ModelFit) -> BoundMLP:
-        checkpoint = read_checkpoint(str(self.checkpoint))
         factor = round(1 / (1 - fit.compression_ratio))
         if abs(factor * (1 - fit.compression_ratio) - 1) > 1e-6:
             raise ConfigError(
                 f"compression_ratio is {fit.compression_ratio:g}; method 'mlp' merges whole groups, so allowed is "
                 "1 - 1/k for a whole k (compression_factor 5 is ratio 0.8)."
             )
+        checkpoint = self._read(fit, factor)
         layout = checkpoint.layout or MergeLayout(factor)
         if layout.factor != factor:
             raise CheckpointError(
@@ -72,6 +79,16 @@ class MLP(TransformMethod):
                 checkpoint.unused[0],
             )
         return BoundMLP(self, checkpoint, layout, fit)
+
+    def _read(self, fit: ModelFit, factor: int) -> MergeCheckpoint:
+        if self.checkpoint != DUMMY:
+            return read_checkpoint(str(self.checkpoint))
+        require(
+            fit.dummy_weights,
+            f"checkpoint is {DUMMY!r}, which makes seeded networks that know nothing; allowed is that for a model with "
+            "dummy weights (load_format 'dummy'). Give the path of a checkpoint trained for this model.",
+        )
+        return dummy_checkpoint(fit.num_layers, fit.head_dim, factor, fit.images)
 
 
 class BoundMLP(BoundTransform):
@@ -93,10 +110,11 @@ class BoundMLP(BoundTransform):
         return merge_layer(kv.keys, kv.values, plan, self._nets[kv.layer], self.layout, self._fit.cos_sin)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(Path(self._checkpoint.path).read_bytes()).hexdigest()
-        layout, unused = self.layout, len(self._checkpoint.unused)
+        layout, unused, path = self.layout, len(self._checkpoint.unused), self._checkpoint.path
+        dummy = path == DUMMY
         return {
-            "sha256": digest,
+            "kind": "dummy" if dummy else "checkpoint",
+            "sha256": None if dummy else hashlib.sha256(Path(path).read_bytes()).hexdigest(),
             "factor": layout.factor,
             "n_sink": layout.n_sink,
             "recent": layout.recent,

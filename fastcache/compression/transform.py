@@ -31,6 +31,7 @@ class ModelFit:
     cos_sin: Tensor
     compression_ratio: float
     images: bool = False  # the model takes images
+    dummy_weights: bool = False  # the model's own weights are seeded
 
 
 class Plan(Protocol):

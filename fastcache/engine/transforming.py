@@ -35,6 +35,7 @@ def bind(
         model.cos_sin,
         config.compression.compression_ratio,
         shape.vision is not None,
+        config.load_format == "dummy",
     )
     return method.bind(fit)
 

@@ -11,7 +11,7 @@ import torch
 from fastcache import LLM, SamplingParams
 from fastcache.compression.merge import MergeLayout
 from fastcache.compression.merge_checkpoint import write_checkpoint
-from fastcache.errors import CheckpointError, UnsupportedCombination
+from fastcache.errors import CheckpointError, ConfigError, UnsupportedCombination
 
 FACTOR, SIZE, LAYERS, NEW = 4, 16, 2, 6
 LENGTHS = (61, 24, 43)
@@ -64,6 +64,7 @@ def test_greedy_tokens_of_a_ragged_batch(folder, prompts, layout, tmp_path):
     for tokens_per_step in (256, 32):
         llm = LLM(str(folder), max_num_batched_tokens=tokens_per_step, **options)
         assert llm.describe()["compressor"] == {
+            "kind": "checkpoint",
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             **{"factor": FACTOR, "n_sink": layout.n_sink, "recent": layout.recent, "unused": 0},
         }
@@ -81,6 +82,30 @@ def test_what_does_not_go_together_is_refused(folder, tmp_path):
         LLM(str(folder), compression=compression, device="cpu", num_pages=8)
     with pytest.raises(UnsupportedCombination, match="no head_budgets"):
         LLM(str(folder), compression=compression | {"head_budgets": "b.json"}, device="cpu", num_pages=8)
+
+
+def test_dummy_networks_are_for_dummy_models_alone(folder):
+    compression = {"method": "mlp", "compression_factor": FACTOR, "params": {"checkpoint": "dummy"}}
+    options = {"compression": compression, "device": "cpu", "num_pages": 64, "max_model_len": 128}
+    with pytest.raises(ConfigError, match=r"dummy.*load_format 'dummy'"):
+        LLM(str(folder), **options)
+    tokens = []
+    for _ in range(2):
+        llm = LLM(str(folder), load_format="dummy", **options)
+        known = llm.describe()["compressor"]
+        assert known == {
+            "kind": "dummy",
+            "sha256": None,
+            "factor": FACTOR,
+            "n_sink": 0,
+            "recent": 0,
+            "unused": 0,
+        }
+        (output,) = llm.generate([list(range(40))], SamplingParams(max_tokens=NEW, ignore_eos=True))
+        assert output.metrics.kv_len_after == 10
+        tokens.append(output.token_ids)
+        llm.close()
+    assert tokens[0] == tokens[1]
 
 
 def test_images_are_merged_apart_from_text(tmp_path):

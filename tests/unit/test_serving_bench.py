@@ -14,9 +14,9 @@ import yaml
 
 from fastcache import LLM
 from fastcache.bench.prompts import Vocabulary
-from fastcache.bench.serving.cell import engine_options, measure
+from fastcache.bench.serving.cell import engine_options, measure, warm_sequences
 from fastcache.bench.serving.cells import ServingCell, expand_serving
-from fastcache.bench.serving.drive import Recording, drive
+from fastcache.bench.serving.drive import Recording, drive, warm_up
 from fastcache.bench.serving.metrics import summarise
 from fastcache.bench.serving.row import blank_rows
 from fastcache.bench.serving.supervise import run_serving
@@ -196,6 +196,22 @@ def test_what_is_not_done_in_time_is_ended_and_leaves_the_engine_clean(tiny_mode
     row = summarise(one, recording, 1)
     assert row["finished"] == 0 and row["without_first_token"] > 0 and row["tpot_s"] is None
     assert row["ttft_s"]["p99"] <= row["elapsed_s"]
+
+
+def test_warming_up_brings_up_every_small_batch_and_as_many_as_a_policy_can_have(tiny_model):
+    assert [warm_sequences(cell(policy=p)) for p in ("dynamic", "fcfs", "p1c1d8", "p4c9d2")] == [
+        256,
+        256,
+        32,
+        36,
+    ]
+    folder = tiny_model("llama", 4, 2, 16, 48, 2, False)
+    one = tiny_cell(folder, workload={"context": 40, "output": 60}, max_num_seqs=24)
+    llm = LLM(**engine_options(one))
+    sizes, launch = [], llm._runner.launch
+    llm._runner.launch = lambda step, seeds: (sizes.append(step.decode_tokens), launch(step, seeds))[1]
+    warm_up(llm, plan_arrivals(one.workload, 8.0, 1.0, 0, Vocabulary(320, None)), 24)
+    assert set(range(1, 9)) <= set(sizes) and max(sizes) > 16
 
 
 def test_a_cell_that_cannot_run_has_a_failed_row_for_every_rate(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastcache.bench.serving.metrics import request_records, summarise
 from fastcache.bench.serving.row import ENGINE_FACTS, blank_rows
 from fastcache.bench.serving.workload import plan_arrivals
 from fastcache.bench.supervise import die_with_parent
-from fastcache.config import CompressionConfig, ratio_of_factor
+from fastcache.config import STATIC_POLICY, CompressionConfig, ratio_of_factor
 from fastcache.device.info import OtherLoad
 from fastcache.errors import UserError
 
@@ -61,7 +62,7 @@ def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None
         for row in result["rows"]:
             arrivals = plan_arrivals(cell.workload, row["rate"], cell.window_s, cell.seed, words)
             if not warm:
-                warm_up(llm, arrivals, CPU_WARMUP_SEQS if kind == "cpu" else cell.max_num_seqs)
+                warm_up(llm, arrivals, CPU_WARMUP_SEQS if kind == "cpu" else warm_sequences(cell))
                 warm = True
             others = OtherLoad()
             recording = drive(llm, arrivals, cell.window_s + cell.drain_s)
@@ -72,6 +73,14 @@ def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None
             save(result)
     finally:
         llm.close()
+
+
+def warm_sequences(cell: ServingCell) -> int:
+    """So many that every batch size comes up that this policy can have, but a policy with small batches need not work
+    through a full engine's requests."""
+    static = re.fullmatch(STATIC_POLICY, cell.policy)
+    largest = max(map(int, static.groups())) if static else cell.max_num_seqs
+    return min(cell.max_num_seqs, 4 * largest)
 
 
 def engine_options(cell: ServingCell) -> dict[str, Any]:

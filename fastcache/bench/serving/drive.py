@@ -14,7 +14,7 @@ from fastcache.results import RequestOutput
 from fastcache.stats import EngineStats
 
 LEAD_S = 0.05  # between saying "now" and the first arrival
-WARM_PROMPTS, SHORT_PROMPT, SEQS_PER_STEP = 32, 32, 8
+WARM_PROMPTS, SHORT_PROMPT, SEQS_PER_STEP = 24, 32, 8
 NAP_S = 0.002  # how late an arrival may be noticed while the engine has nothing to do
 
 
@@ -34,15 +34,16 @@ class Recording:
 def warm_up(llm: Any, arrivals: Sequence[Arrival], max_num_seqs: int) -> None:
     """Everything that a first time costs: whole prompts, and each decode batch size on the way down from a full batch.
 
-    Beyond the first few, prompts are short: it is the number of sequences that is still new then.
+    Beyond the first few, prompts are short: it is the number of sequences that is still new then. The last ones end
+    one by one, since small batches have sizes of their own.
     """
     prompts, params = [], []
     for i in range(max_num_seqs):
         request = arrivals[i % len(arrivals)].request
         whole = i < WARM_PROMPTS or request.images
         prompts.append(request.prompt if whole else request.prompt_token_ids[:SHORT_PROMPT])
-        tokens = min(request.max_tokens, 2 + i // SEQS_PER_STEP)
-        params.append(SamplingParams(max_tokens=tokens, ignore_eos=True))
+        tokens = 2 + i // SEQS_PER_STEP + max(0, i - max(0, max_num_seqs - SEQS_PER_STEP))
+        params.append(SamplingParams(max_tokens=min(request.max_tokens, tokens), ignore_eos=True))
     llm.generate(prompts, params)
 
 

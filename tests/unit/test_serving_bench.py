@@ -73,6 +73,8 @@ def test_a_section_becomes_a_cell_per_engine_with_all_its_rates():
         ({"runs": [{"policy": ["fcfs"]}]}, UnknownName, "policies"),
         ({"runs": [{"policies": ["fcsf"]}]}, UnknownName, "fcfs"),
         ({"runs": [{"methods": ["snapkw"]}]}, UnknownName, "snapkv"),
+        ({"runs": [{"methods": [{"name": "knorm", "parms": {}}]}]}, UnknownName, "params"),
+        ({"runs": [{"methods": [{"params": {}}]}]}, ConfigError, "a name or"),
         ({"runs": [{"models": ["smolm2"]}]}, UnknownName, "smollm2"),
         ({"workload": {"context": 8, "output": 8, "arrivals": "poison"}}, UnknownName, "poisson"),
         ({"workload": {"context": 8, "output": 8, "arrivals": "trace"}}, ConfigError, "needs `trace`"),
@@ -184,6 +186,23 @@ def test_an_engine_under_load_gives_valid_rows_and_a_record_of_every_token(tiny_
         assert sum(len(r["token_times_s"]) for r in records) == row["output_tokens"]
         assert all(r["arrival_s"] <= r["token_times_s"][0] for r in records)
     assert result["rows"][1]["requests"] > result["rows"][0]["requests"]
+
+
+def test_an_untrained_compressor_is_for_an_untrained_model_alone_and_its_rows_say_so(tiny_model):
+    folder = tiny_model("llama", 4, 2, 16, 48, 2, False)
+    given = {"policies": ["dynamic"], "methods": [{"name": "mlp", "params": {"checkpoint": "dummy"}}]}
+    small = {"device": "cpu", "page_size": 4}
+    for load_format, status, said in (("dummy", "ok", "seeded random"), ("auto", "failed", "dummy weights")):
+        models = {"tiny": {"path": str(folder), "load_format": load_format}}
+        section = {**SECTION, "runs": [given], "rates": [20], "window_s": 0.3, "max_num_seqs": 4}
+        (one,) = expand_serving({"models": models, "serving": section, "engine": small})
+        assert one.setting == "mlp x5, checkpoint dummy"
+        (row,) = measure(one, lambda _: None)["rows"]
+        jsonschema.Draft202012Validator(SCHEMA).validate(row)
+        assert row["status"] == status, row["error"]
+        assert said in (row["error"]["message"] if row["error"] else "; ".join(row["notes"]))
+        if status == "ok":
+            assert row["compressor"]["kind"] == "dummy" and row["compressed_requests"] == row["requests"]
 
 
 def test_what_is_not_done_in_time_is_ended_and_leaves_the_engine_clean(tiny_model):

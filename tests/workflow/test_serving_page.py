@@ -51,6 +51,7 @@ def rows_of(cell: ServingCell) -> list[dict]:
         "status": "ok",
         "device": {"kind": "cpu", "name": "a test"},
         "weights": {"kind": "dummy", "sha256": None},
+        "compressor": None,
         "attention_backend": "torch-sdpa",
         "dtype": "float32",
         "num_pages": 10,

@@ -86,7 +86,8 @@ def warm_sequences(cell: ServingCell) -> int:
 def engine_options(cell: ServingCell) -> dict[str, Any]:
     compression = None
     if cell.method != FULL:
-        compression = CompressionConfig(cell.method, ratio_of_factor(cell.compression_factor))
+        ratio = ratio_of_factor(cell.compression_factor)
+        compression = CompressionConfig(cell.method, ratio, params=dict(cell.method_params))
     return {
         **common_options(cell),
         "max_num_seqs": cell.max_num_seqs,
@@ -105,6 +106,10 @@ def notes(row: dict[str, Any]) -> list[str]:
         )
     if row["too_short_to_compress"]:
         said.append(f"{row['too_short_to_compress']} requests were not compressed: too short for the method")
+    if (row["compressor"] or {}).get("kind") == "dummy":
+        said.append(
+            "the compressor's networks are seeded random numbers, like the model: their speed is meaningful, alone"
+        )
     if row["weights"]["kind"] == "dummy":
         said.append("weights are seeded random numbers: speed is meaningful, text is not")
     return said

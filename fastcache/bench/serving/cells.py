@@ -9,7 +9,8 @@
       max_num_seqs, seed, timeout_s
 
 A length is a number, or {low, high} (uniform), or {median, sigma, low, high} (log-normal, clipped). The method `full`
-is the uncompressed cache. A cell is one engine and all its rates: an engine starts once, a row is one rate.
+is the uncompressed cache; any other is a name or {name, params}. A cell is one engine and all its rates: an engine
+starts once, a row is one rate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fastcache.bench import models
@@ -117,6 +118,7 @@ class ServingCell(StrictConfig):
     policy: str = "dynamic"
     method: str = FULL
     compression_factor: float | None = None
+    method_params: Mapping[str, Any] = field(default_factory=dict)
     immediate_release: bool = True
     window_s: float = 10.0
     drain_s: float = 10.0
@@ -153,7 +155,8 @@ class ServingCell(StrictConfig):
         check_policy(self.policy)
         models.check_source(self.model, self.model_path, self.load_format)
         if self.method == FULL:
-            require(self.compression_factor is None, "method 'full' takes no compression_factor.")
+            none = self.compression_factor is None and not self.method_params
+            require(none, "method 'full' takes no compression_factor and no params.")
             return
         one_of("serving method", self.method, (FULL, *METHODS))
         ratio_of_factor(self.compression_factor)
@@ -166,21 +169,36 @@ class ServingCell(StrictConfig):
 
     @property
     def setting(self) -> str:
-        """Method and factor as a reader says them."""
-        return self.method if self.method == FULL else f"{self.method} x{self.compression_factor:g}"
+        """Method, factor and parameters as a reader says them."""
+        params = (f", {name} {_short(value)}" for name, value in self.method_params.items())
+        return self.method if self.method == FULL else f"{self._method}{''.join(params)}"
+
+    @property
+    def _method(self) -> str:
+        return f"{self.method} x{self.compression_factor:g}"
 
     @property
     def id(self) -> str:
         """Readable, and unique by a digest of every field; nothing is parsed back out of it."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-        parts = ["serving", self.model, self.policy, self.setting.replace(" x", "-f")]
+        parts = [
+            "serving",
+            self.model,
+            self.policy,
+            self.method if self.method == FULL else self._method.replace(" x", "-f"),
+        ]
         parts += [] if self.immediate_release else ["held"]
         text = "-".join(parts).replace("_", "-")
         return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in text) + "-" + digest
 
     def row_id(self, rate: float) -> str:
         return f"{self.id}-r{rate:g}"
+
+
+def _short(value: Any) -> str:
+    """A file without its folders, which say nothing about it."""
+    return str(value).rsplit("/", 1)[-1]
 
 
 def expand_serving(config: Mapping[str, Any]) -> list[ServingCell]:
@@ -228,6 +246,22 @@ def _points(
         entry = known[name]
         options = {key: value for key, value in {**engine, **entry}.items() if key in ENGINE_KEYS}
         source = {"model_path": entry.get("path"), "load_format": entry.get("load_format", "auto")}
-        what = {} if method == FULL else {"method": method, "compression_factor": factor}
+        what = _method(method, factor)
         point = {"model": name, "policy": policy, "immediate_release": release, "rates": rates}
         yield {**options, **source, **point, **what}
+
+
+def _method(entry: Any, factor: float) -> dict[str, Any]:
+    if entry == FULL:
+        return {}
+    given = {"name": entry} if isinstance(entry, str) else entry
+    require(
+        isinstance(given, Mapping) and "name" in given,
+        "each of serving.runs.methods is a name or {name, params}.",
+    )
+    check_keys(f"key of method {given['name']}", given, ("name", "params"))
+    return {
+        "method": given["name"],
+        "compression_factor": factor,
+        "method_params": dict(given.get("params") or {}),
+    }

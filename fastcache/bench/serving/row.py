@@ -9,7 +9,7 @@ from fastcache.bench.provenance import git_commit, source_digest
 from fastcache.bench.serving.cells import ServingCell
 from fastcache.device.info import versions
 
-ENGINE_FACTS = ("attention_backend", "dtype", "num_pages", "max_model_len", "weights", "device")
+ENGINE_FACTS = ("attention_backend", "dtype", "num_pages", "max_model_len", "weights", "compressor", "device")
 MEASURED = (
     "elapsed_s",
     "requests",

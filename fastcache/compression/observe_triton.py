@@ -8,7 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-SHARES = 2  # programs that share the queries of one head's statistics
+# Of the query statistics: two programs fit a multiprocessor of an H100. With fewer heads than this, several programs
+# share the queries of one.
+PROGRAMS = 256
+MOMENTS = {"BLOCK": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+WIDE_MOMENTS = {"BLOCK": 32, "num_warps": 8, "num_stages": 1}
 # Tiles of the two attention kernels. Three programs of four warps share an SM, so that one multiplies while another
 # takes exponentials; float32 has no tensor cores, and small tiles that fit the registers.
 OPTIONS = (
@@ -137,6 +141,7 @@ def _moments_kernel(
     sums_ptr,
     moments_ptr,
     heads,
+    shares,
     skipped,
     q_batch,
     q_head,
@@ -145,47 +150,52 @@ def _moments_kernel(
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
-    SHARES: tl.constexpr,
 ):
-    """Sums of one share of a head's unrotated queries u and of their products u u^T, by halves of the head."""
+    """What one share of a head's queries adds to the means of u and u u^T, u the unrotated queries, by halves."""
     pair, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     length = tl.load(lengths_ptr + batch).to(tl.int32)
     query_ptr = q_ptr + batch * q_batch + head * q_head
-    d = tl.arange(0, BLOCK_D)
-    one_sum, two_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    d, row = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    place = row[:, None] * q_entry + d[None, :]
+    angle = row[:, None] * (2 * HALF) + d[None, :]
+    # Summed over a program's rows only at its end: a sum across warps in every turn would hold all of them up.
+    one_sum, two_sum = tl.zeros((BLOCK, BLOCK_D), tl.float32), tl.zeros((BLOCK, BLOCK_D), tl.float32)
     one_one = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     one_two = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     two_two = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    each = tl.cdiv(length, SHARES)
+    each = tl.cdiv(length, shares)
     end = tl.minimum(share * each + each, length)
     for start in range(share * each, end, BLOCK):
-        m = start + tl.arange(0, BLOCK)
+        m = start + row
         inside = ((m >= skipped) & (m < end))[:, None] & (d < HALF)[None, :]
-        place = m[:, None].to(tl.int64) * q_entry + d[None, :]
-        a = tl.load(query_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(query_ptr + HALF + place, mask=inside, other=0.0).to(tl.float32)
-        angle = m[:, None].to(tl.int64) * (2 * HALF) + d[None, :]
-        cos = tl.load(cos_sin_ptr + angle, mask=inside, other=0.0)
-        sin = tl.load(cos_sin_ptr + HALF + angle, mask=inside, other=0.0)
+        here, turn = query_ptr + tl.cast(start, tl.int64) * q_entry, cos_sin_ptr + start * (2 * HALF)
+        a = tl.load(here + place, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(here + HALF + place, mask=inside, other=0.0).to(tl.float32)
+        cos = tl.load(turn + angle, mask=inside, other=0.0)
+        sin = tl.load(turn + HALF + angle, mask=inside, other=0.0)
         one, two = a * cos + b * sin, b * cos - a * sin
         if not WIDE:
             one, two = one.to(q_ptr.dtype.element_ty), two.to(q_ptr.dtype.element_ty)
-        one_sum += tl.sum(one.to(tl.float32), axis=0)
-        two_sum += tl.sum(two.to(tl.float32), axis=0)
+        one_sum += one.to(
+            tl.float32
+        )  # of what the products see, or a large mean would leave no true variance
+        two_sum += two.to(tl.float32)
         one_one = tl.dot(tl.trans(one), one, one_one, input_precision="ieee")
         one_two = tl.dot(tl.trans(one), two, one_two, input_precision="ieee")
         two_two = tl.dot(tl.trans(two), two, two_two, input_precision="ieee")
-    sums_ptr += (pair * SHARES + share) * (2 * HALF)
-    tl.store(sums_ptr + d, one_sum, mask=d < HALF)
-    tl.store(sums_ptr + HALF + d, two_sum, mask=d < HALF)
-    moments_ptr += (pair * SHARES + share) * (4 * HALF * HALF)
-    row, column = d[:, None] * (2 * HALF), d[None, :]
+    part = 1.0 / tl.maximum(length - skipped, 1).to(tl.float32)
+    one_two *= part
+    sums_ptr += (pair * shares + share) * (2 * HALF)
+    tl.store(sums_ptr + d, tl.sum(one_sum, axis=0) * part, mask=d < HALF)
+    tl.store(sums_ptr + HALF + d, tl.sum(two_sum, axis=0) * part, mask=d < HALF)
+    moments_ptr += (pair * shares + share) * (4 * HALF * HALF)
+    line, column = d[:, None] * (2 * HALF), d[None, :]
     inside = (d < HALF)[:, None] & (d < HALF)[None, :]
-    tl.store(moments_ptr + row + column, one_one, mask=inside)
-    tl.store(moments_ptr + row + HALF + column, one_two, mask=inside)
-    tl.store(moments_ptr + row + 2 * HALF * HALF + column, tl.trans(one_two), mask=inside)
-    tl.store(moments_ptr + row + 2 * HALF * HALF + HALF + column, two_two, mask=inside)
+    tl.store(moments_ptr + line + column, one_one * part, mask=inside)
+    tl.store(moments_ptr + line + HALF + column, one_two, mask=inside)
+    tl.store(moments_ptr + line + 2 * HALF * HALF + column, tl.trans(one_two), mask=inside)
+    tl.store(moments_ptr + line + 2 * HALF * HALF + HALF + column, two_two * part, mask=inside)
 
 
 def query_statistics(queries: Tensor, lengths: Tensor, cos_sin: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -193,25 +203,23 @@ def query_statistics(queries: Tensor, lengths: Tensor, cos_sin: Tensor, first: i
     batch, heads, _, dim = queries.shape
     assert queries.stride(3) == 1
     device, wide = queries.device, queries.dtype.itemsize > 2
-    sums = torch.empty((batch, heads, SHARES, dim), dtype=torch.float32, device=device)
-    moments = torch.empty((batch, heads, SHARES, dim, dim), dtype=torch.float32, device=device)
-    _moments_kernel[(batch * heads, SHARES)](
+    shares = max(1, PROGRAMS // (batch * heads))
+    sums = torch.empty((batch, heads, shares, dim), dtype=torch.float32, device=device)
+    moments = torch.empty((batch, heads, shares, dim, dim), dtype=torch.float32, device=device)
+    _moments_kernel[(batch * heads, shares)](
         queries,
         lengths,
         cos_sin,
         sums,
         moments,
         heads,
+        shares,
         first,
         *queries.stride()[:3],
         WIDE=wide,
         HALF=dim // 2,
         BLOCK_D=max(16, triton.next_power_of_2(dim // 2)),
-        BLOCK=32,
-        SHARES=SHARES,
-        num_warps=4,
-        num_stages=2,
+        **(WIDE_MOMENTS if wide else MOMENTS),
     )
-    count = (lengths - first).clamp(min=1)[:, None, None]
-    mean = sums.sum(2) / count
-    return mean, moments.sum(2).div_(count[..., None]).sub_(mean[..., None] * mean[..., None, :])
+    mean = sums.sum(2)
+    return mean, moments.sum(2).addcmul_(mean[..., None], mean[..., None, :], value=-1)

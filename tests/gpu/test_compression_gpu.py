@@ -137,7 +137,7 @@ def test_query_statistics_equal_the_reference(dtype):
 @pytest.mark.parametrize("name", ["expected_attention", "expected_attention_eps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_expected_attention_equals_the_reference(name, dtype):
-    """In float32 up to rounding; with 16-bit keys TF32 products keep 98 % of the sets."""
+    """In float32 up to rounding; with 16-bit keys a covariance rounded to their type keeps 98 % of the sets."""
     from dataclasses import replace
 
     from fastcache.compression import base, observe

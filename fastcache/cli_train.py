@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--judge-contexts", type=positive_int, nargs="+", default=[512, 1024], help="context lengths"
     )
     parser.add_argument(
+        "--finish-within",
+        type=number,
+        metavar="SECONDS",
+        help="train for at most this long, with fewer steps if need be, and end as planned",
+    )
+    parser.add_argument(
         "--stop-after", type=number, metavar="SECONDS", help="save and stop then; exit code 3"
     )
 
@@ -78,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig(factor=args.factor, **{name: getattr(args, name) for name in SETTINGS})
     source = {"commit": git_commit(), "training_source": source_digest(Path(training.__file__).parent)}
     job = Job(args.model, args.text, args.heldout, args.output, config, args.device, args.dtype, source)
-    result: dict[str, Any] | None = job.run(args.judge_contexts, args.judge_windows, args.stop_after)
+    result: dict[str, Any] | None = job.run(
+        args.judge_contexts, args.judge_windows, args.stop_after, args.finish_within
+    )
     if result is None:
         sys.stderr.write(f"stopped early; start again to go on from {job.state_file}\n")
         return STOPPED

@@ -147,7 +147,8 @@ def merge_layer(
 ) -> tuple[Tensor, Tensor]:
     """One layer's cache, merged. keys, values: (B, Hk, T, d); nets by "tk", "tv", "ik", "iv".
 
-    Returns keys and values (B, Hk, K, d) in the cache's dtype. The networks run in their own dtype.
+    Returns keys and values (B, Hk, K, d) in the cache's dtype. The networks run in their own dtype. A plan of one
+    sequence serves any number of its length. All layers at once: caches (L, B, Hk, T, d), networks stacked alike.
     """
     new_keys, new_values = [], []
     for kind, rows in plan.rows.items():
@@ -165,10 +166,17 @@ def merge_layer(
 def run_net(net: Net, group: Tensor, base: str) -> Tensor:
     """(..., k, d) of any dtype -> (..., d) in the network's: linear, ReLU, linear, ReLU, linear, plus the base."""
     group = group.to(net[0].dtype)
-    hidden = F.relu(F.linear(group.flatten(-2), net[0], net[1]))
-    hidden = F.relu(F.linear(hidden, net[2], net[3]))
-    out = F.linear(hidden, net[4], net[5])
+    hidden = F.relu(_linear(group.flatten(-2), net[0], net[1]))
+    hidden = F.relu(_linear(hidden, net[2], net[3]))
+    out = _linear(hidden, net[4], net[5])
     return out + group.mean(-2) if base == "mean" else out
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., n) with weight (m, n), or (L, ..., n) with (L, m, n), to m columns."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    return torch.baddbmm(bias[:, None], x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
 
 def rotate(x: Tensor, cos_sin: Tensor, direction: float) -> Tensor:
@@ -180,17 +188,17 @@ def rotate(x: Tensor, cos_sin: Tensor, direction: float) -> Tensor:
 
 
 def _rows(cache: Tensor, rows: Tensor) -> Tensor:
-    """(B, Hk, T, d) and (B, G, k) -> (B, Hk, G, k, d)."""
-    index = rows.flatten(1)[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
-    return cache.gather(2, index).unflatten(2, rows.shape[1:])
+    """(..., B, Hk, T, d) and (B, G, k) -> (..., B, Hk, G, k, d)."""
+    index = rows.flatten(1)[:, None, :, None].expand(*cache.shape[:-2], -1, cache.shape[-1])
+    return cache.gather(-2, index).unflatten(-2, rows.shape[1:])
 
 
 def _assemble(cache: Tensor, groups: list[Tensor], plan: MergePlan) -> Tensor:
-    """Stored and merged entries in their order: (B, Hk, K, d)."""
+    """Stored and merged entries in their order: (..., B, Hk, K, d)."""
     merged = plan.merged[:, None, :, None]
-    source = plan.source[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
-    stored = cache.gather(2, source.masked_fill(merged, 0))
+    source = plan.source[:, None, :, None].expand(*cache.shape[:-2], -1, cache.shape[-1])
+    stored = cache.gather(-2, source.masked_fill(merged, 0))
     if not groups:
         return stored
-    new = (groups[0] if len(groups) == 1 else torch.cat(groups, dim=2)).to(cache.dtype)
-    return torch.where(merged, new.gather(2, source.masked_fill(~merged, 0)), stored)
+    new = (groups[0] if len(groups) == 1 else torch.cat(groups, dim=-2)).to(cache.dtype)
+    return torch.where(merged, new.gather(-2, source.masked_fill(~merged, 0)), stored)

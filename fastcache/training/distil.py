@@ -12,14 +12,12 @@ from fastcache.training.networks import MergeNetworks
 
 
 def merged_caches(frozen: FrozenModel, networks: MergeNetworks, caches: list[Cache]) -> list[Cache]:
-    """Each layer's cache with its groups merged, differentiable in the networks' parameters."""
-    keys = caches[0][0]
-    plan = make_plan([keys.shape[2]] * len(keys), [()] * len(keys), networks.layout, keys.device)
-    cos_sin = frozen.model.cos_sin
-    return [
-        merge_layer(k, v, plan, networks.fold(layer), networks.layout, cos_sin)
-        for layer, (k, v) in enumerate(caches)
-    ]
+    """Each layer's cache with its groups merged, differentiable in the networks' parameters. All layers at once:
+    one by one, launching their small operations takes a GPU's host longer than the model itself."""
+    keys, values = (torch.stack(each) for each in zip(*caches, strict=True))
+    plan = make_plan([keys.shape[-2]], [()], networks.layout, keys.device)
+    merged = merge_layer(keys, values, plan, networks.fold(), networks.layout, frozen.model.cos_sin)
+    return list(zip(*merged, strict=True))
 
 
 def distillation_loss(

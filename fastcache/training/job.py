@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcache.compression.merge import make_plan, merge_layer
 from fastcache.compression.merge_checkpoint import MergeCheckpoint, read_checkpoint, write_checkpoint
@@ -28,6 +29,8 @@ from fastcache.training.trainer import TrainConfig, Trainer
 log = logging.getLogger(__name__)
 
 SAVED_DTYPE = torch.bfloat16
+# Not cuDNN's attention: it makes a plan for each new length, and every step has one.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 RIVALS = ("streaming_llm", "random", "knorm", "keydiff", "snapkv")  # none needs training
 QUERY_WINDOW = 64
 
@@ -74,14 +77,26 @@ class Job:
             raise DatasetError(f"{heldout} is also trained on; give held-out text of other documents.")
 
     def run(
-        self, contexts: Sequence[int], windows: int, stop_after_s: float | None = None
+        self,
+        contexts: Sequence[int],
+        windows: int,
+        stop_after_s: float | None = None,
+        finish_within_s: float | None = None,
     ) -> dict[str, Any] | None:
-        """Train, judge and write; returns the record, or None if the time was up before the last step."""
+        """Train, judge and write; returns the record, or None if `stop_after_s` came before the last step.
+
+        finish_within_s: as many steps as fit, at most those of the configuration (see `Trainer.run`).
+        """
         torch.backends.cuda.matmul.allow_tf32 = True
-        trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
-        log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
-        if not trainer.run(stop_after_s=stop_after_s):
-            return None
+        with sdpa_kernel(ATTENTION):
+            trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
+            log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
+            if not trainer.run(stop_after_s=stop_after_s, finish_within_s=finish_within_s):
+                return None
+            return self._finish(trainer, contexts, windows)
+
+    def _finish(self, trainer: Trainer, contexts: Sequence[int], windows: int) -> dict[str, Any]:
+        """Write what was trained, then judge what was written; the state stays until that is done."""
         record = (
             trainer.record()
             | self.source
@@ -90,6 +105,7 @@ class Job:
                 "dtype": str(self.dtype).removeprefix("torch."),
             }
         )
+        trainer.save()
         tensors = trainer.networks.export(SAVED_DTYPE)
         write_checkpoint(self.output, tensors, self.config.layout, record)
         if self.heldout is not None:
@@ -128,7 +144,7 @@ class Job:
                 return merge_layer(keys, values, plan, nets[layer], layout, model.cos_sin)
 
             keys = teacher.caches[0][0]
-            plan = make_plan([keys.shape[2]] * len(keys), [()] * len(keys), layout, self.device)
+            plan = make_plan([keys.shape[2]], [()], layout, self.device)
             return [one(layer, *cache) for layer, cache in enumerate(teacher.caches)]
 
         return compress

@@ -21,9 +21,10 @@ KINDS = ("tk", "tv")
 
 
 class MergeNetworks:
-    """Networks of all layers. `parameters` go by the names of the checkpoint layout; float32.
+    """Networks of all L layers, stacked, so that each operation does them all; float32.
 
-    They start as their base: the last linear layer is zero.
+    `parameters` are named like "tk.0.weight", (L, rows, columns) or (L, rows); `constants` like "tk.mean", (L, d). The
+    networks start as their base: the last linear layer is zero.
     """
 
     def __init__(
@@ -41,18 +42,14 @@ class MergeNetworks:
         self.parameters: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         for kind in KINDS:
-            for layer in range(num_layers):
-                for linear, (rows, columns) in shapes.items():
-                    scale = (
-                        0.0 if linear == LINEAR[-1] else (2.0 / columns) ** 0.5
-                    )  # He et al. 2015, for ReLU
-                    weight = scale * torch.randn(rows, columns, generator=generator)
-                    self.parameters[tensor_name(kind, layer, linear, "weight")] = weight.to(device)
-                    self.parameters[tensor_name(kind, layer, linear, "bias")] = torch.zeros(
-                        rows, device=device
-                    )
-                for part, value in (("mean", torch.zeros), ("spread", torch.ones)):
-                    self.constants[f"{kind}.{layer}.{part}"] = value(head_dim, device=device)
+            for linear, (rows, columns) in shapes.items():
+                # He et al. 2015, for ReLU
+                scale = 0.0 if linear == LINEAR[-1] else (2.0 / columns) ** 0.5
+                weight = scale * torch.randn(num_layers, rows, columns, generator=generator)
+                self.parameters[f"{kind}.{linear}.weight"] = weight.to(device)
+                self.parameters[f"{kind}.{linear}.bias"] = torch.zeros(num_layers, rows, device=device)
+            for part, value in (("mean", torch.zeros), ("spread", torch.ones)):
+                self.constants[f"{kind}.{part}"] = value(num_layers, head_dim, device=device)
         for parameter in self.parameters.values():
             parameter.requires_grad_()
 
@@ -65,33 +62,35 @@ class MergeNetworks:
                 keys = rotate(keys, cos_sin[: keys.shape[2]], -1.0)
             for kind, entries in zip(KINDS, (keys, values.float()), strict=True):
                 flat = entries[:, :, self.layout.n_sink :].flatten(0, 2)
-                self.constants[f"{kind}.{layer}.mean"] = flat.mean(0)
-                self.constants[f"{kind}.{layer}.spread"] = flat.std(0).clamp(min=1e-6)
+                self.constants[f"{kind}.mean"][layer] = flat.mean(0)
+                self.constants[f"{kind}.spread"][layer] = flat.std(0).clamp(min=1e-6)
 
-    def fold(self, layer: int) -> dict[str, Net]:
-        """The plain networks of a layer, differentiable in the parameters."""
-        return {kind: self._fold(kind, layer) for kind in KINDS}
+    def fold(self, rounded: torch.dtype = torch.float32) -> dict[str, Net]:
+        """The plain networks by kind, stacked, differentiable in the parameters.
 
-    def _fold(self, kind: str, layer: int) -> Net:
-        mean, spread = (self.constants[f"{kind}.{layer}.{part}"] for part in ("mean", "spread"))
+        rounded: what weights will be stored in. The first bias then makes up for what rounding does to the mean, which
+        in keys is many times the spread.
+        """
+        return {kind: self._fold(kind, rounded) for kind in KINDS}
+
+    def _fold(self, kind: str, rounded: torch.dtype) -> Net:
+        mean, spread = (self.constants[f"{kind}.{part}"] for part in ("mean", "spread"))
         w0, b0, w3, b3, w6, b6 = (
-            self.parameters[tensor_name(kind, layer, linear, part)]
-            for linear in LINEAR
-            for part in ("weight", "bias")
+            self.parameters[f"{kind}.{linear}.{part}"] for linear in LINEAR for part in ("weight", "bias")
         )
-        w0 = w0 / spread.repeat(self.layout.factor)
-        b0 = b0 - w0 @ mean.repeat(self.layout.factor)
-        return w0, b0, w3, b3, w6 * spread[:, None], b6 * spread
+        repeats = (1, self.layout.factor)
+        w0 = (w0 / spread.repeat(repeats)[:, None]).to(rounded).float()
+        b0 = b0 - (w0 * mean.repeat(repeats)[:, None]).sum(-1)
+        return w0, b0, w3, b3, w6 * spread[:, :, None], b6 * spread
 
     @torch.no_grad()
     def export(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Plain weights by checkpoint name, on the CPU."""
+        """Plain networks by checkpoint name, on the CPU: weights in `dtype`, biases, which are few, in float32."""
         out = {}
-        for kind in KINDS:
-            for layer in range(self.num_layers):
-                names = [
-                    tensor_name(kind, layer, linear, part) for linear in LINEAR for part in ("weight", "bias")
-                ]
-                for name, tensor in zip(names, self._fold(kind, layer), strict=True):
-                    out[name] = tensor.to(dtype).cpu()
+        for kind, net in self.fold(dtype).items():
+            names = [(linear, part) for linear in LINEAR for part in ("weight", "bias")]
+            for (linear, part), stack in zip(names, net, strict=True):
+                stack = stack.to(dtype if part == "weight" else torch.float32).cpu()
+                for layer in range(self.num_layers):
+                    out[tensor_name(kind, layer, linear, part)] = stack[layer].clone()
         return out

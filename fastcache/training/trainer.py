@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -26,13 +27,17 @@ from fastcache.training.text import Corpus, random_windows
 log = logging.getLogger(__name__)
 
 CALIBRATION_WINDOWS = 8
+WARM_UP = 20  # steps
+LOG_EVERY = 20  # steps
+STAY = 0.6  # share of the steps before the learning rate falls
 
 
 @dataclass(frozen=True)
 class TrainConfig(StrictConfig):
     """What decides the result, besides model and text. Lengths in tokens; each step draws its context length
-    evenly from [min_context, context]. The learning rate warms up over the first 3 % of the steps and falls to a
-    hundredth along a cosine (Loshchilov, Hutter 2017); Adam, gradients clipped at norm 1.
+    evenly from [min_context, context]. The learning rate warms up over `WARM_UP` steps, stays, and falls linearly to a
+    hundredth over the last steps (Hu et al. 2024, arXiv:2404.06395): so a run may learn late how many steps it has.
+    Adam, gradients clipped at norm 1.
     """
 
     factor: int = 5
@@ -68,20 +73,22 @@ class TrainConfig(StrictConfig):
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ..., steps - 1."""
-        warm = max(1, round(0.03 * self.steps))
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        along = (step - warm) / max(1, self.steps - warm)
-        return self.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * along)) / 2)
+        stay = round(STAY * self.steps)
+        fallen = max(0, step - stay) / max(1, self.steps - stay)
+        return self.learning_rate * min(1.0, (step + 1) / WARM_UP) * (1 - 0.99 * fallen)
 
 
 class Trainer:
-    """State of a run: networks, optimiser, step. `state_file` holds it between starts."""
+    """State of a run: networks, optimiser, step. `state_file` holds it between starts. `config.steps` becomes what a
+    run with a time limit found room for; that many without a limit give the same networks."""
 
     def __init__(
         self, frozen: FrozenModel, corpora: Sequence[Corpus], config: TrainConfig, state_file: Path | None
     ) -> None:
         self.frozen, self.corpora, self.config, self.state_file = frozen, corpora, config, state_file
+        text = [corpus.sha256 for corpus in corpora]
+        # What a saved state must agree on to be continued.
+        self.identity = json.dumps({"config": config.to_dict(), "text": text}, sort_keys=True)
         shape = frozen.model.config
         self.device = frozen.model.cos_sin.device
         self.networks = MergeNetworks(
@@ -95,22 +102,27 @@ class Trainer:
             ids = self._windows("calibration", config.context, CALIBRATION_WINDOWS)
             self.networks.normalise(frozen.teacher(ids, config.context).caches, frozen.model.cos_sin)
 
-    @property
-    def identity(self) -> str:
-        """What a saved state must agree on to be continued."""
-        text = [corpus.sha256 for corpus in self.corpora]
-        return json.dumps({"config": self.config.to_dict(), "text": text}, sort_keys=True)
-
     def _windows(self, what: str, length: int, count: int) -> Tensor:
-        return random_windows(self.corpora, length, count, f"{self.config.seed}/{what}").to(self.device)
+        windows = random_windows(self.corpora, length, count, f"{self.config.seed}/{what}")
+        if self.device.type != "cuda":
+            return windows
+        return windows.pin_memory().to(self.device, non_blocking=True)  # else each step waits for the last
 
-    def run(self, save_every: int = 500, stop_after_s: float | None = None) -> bool:
-        """Train to the last step; False if `stop_after_s` came first (the state is saved and can go on)."""
+    def run(
+        self, save_every: int = 500, stop_after_s: float | None = None, finish_within_s: float | None = None
+    ) -> bool:
+        """Train to the last step; False if `stop_after_s` came first (the state is saved and can go on).
+
+        finish_within_s: where `STAY` of this time comes before `STAY` of the steps, there are fewer steps; and a run
+        that nevertheless takes longer ends there.
+        """
         started, first = time.perf_counter(), self.step
         while self.step < self.config.steps:
             self._one_step()
             elapsed = time.perf_counter() - started
-            if self.step % 20 == 0 or self.step == self.config.steps:
+            if finish_within_s is not None:
+                self._shorten(elapsed / finish_within_s)
+            if self.step % LOG_EVERY == 0 or self.step == self.config.steps:
                 left = elapsed / (self.step - first) * (self.config.steps - self.step)
                 parts = "  ".join(f"{name} {value:.4f}" for name, value in self.losses[-1].items())
                 log.info("step %d of %d  %s  %.0f s left", self.step, self.config.steps, parts, left)
@@ -119,7 +131,15 @@ class Trainer:
                 self.save()
             if stop:
                 return False
+            if finish_within_s is not None and elapsed > finish_within_s:
+                break
         return True
+
+    def _shorten(self, share: float) -> None:
+        """share: of the time that is gone."""
+        if share >= STAY and self.step < round(STAY * self.config.steps):
+            self.config = dataclasses.replace(self.config, steps=round(self.step / STAY))
+            log.info("%.0f %% of the time is gone: %d steps in all", 100 * share, self.config.steps)
 
     def _one_step(self) -> None:
         config = self.config
@@ -136,7 +156,10 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.networks.parameters.values(), 1.0)
         self.optimiser.step()
         self.step += 1
-        if self.step % 20 == 0 or self.step in (1, config.steps):  # reading a loss waits for the device
+        if self.step % LOG_EVERY == 0 or self.step in (
+            1,
+            config.steps,
+        ):  # reading a loss waits for the device
             self.losses.append({name: round(float(value), 5) for name, value in parts.items()})
 
     def save(self) -> None:
@@ -146,6 +169,7 @@ class Trainer:
         state = {
             "identity": self.identity,
             "step": self.step,
+            "steps": self.config.steps,
             "losses": self.losses,
             "parameters": {name: p.detach() for name, p in self.networks.parameters.items()},
             "constants": self.networks.constants,
@@ -157,7 +181,7 @@ class Trainer:
         os.replace(partial, self.state_file)
 
     def _resume(self, file: Path) -> None:
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         if state["identity"] != self.identity:
             raise CheckpointError(
                 f"{file} is the state of a run with other settings or other text. Delete it to start anew, or give "
@@ -166,9 +190,10 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.networks.parameters.items():
                 parameter.copy_(state["parameters"][name])
-        self.networks.constants = state["constants"]
+        self.networks.constants = {name: t.to(self.device) for name, t in state["constants"].items()}
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.losses = state["step"], state["losses"]
+        self.config = dataclasses.replace(self.config, steps=state["steps"])
         log.info("continuing at step %d from %s", self.step, file)
 
     def record(self) -> dict[str, Any]:

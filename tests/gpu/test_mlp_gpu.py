@@ -71,6 +71,7 @@ def test_training_on_the_gpu(tiny_model, tmp_path):
         *("--min-context", "32", "--context", "64", "--continuation", "16", "--batch-size", "4"),
         *("--judge-contexts", "64", "--judge-windows", "8", "--device", "cuda"),
     ]
-    assert main(arguments) == 0
+    assert main([*arguments, "--stop-after", "0"]) == 3  # and from there on
+    assert main([*arguments, "--finish-within", "60"]) == 0
     losses = read_checkpoint(str(output)).record["losses"]
     assert losses[-1]["hidden"] < losses[0]["hidden"]

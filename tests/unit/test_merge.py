@@ -70,6 +70,30 @@ def test_every_entry_is_what_the_formula_says(layout):
                         torch.testing.assert_close(ours[b, head, : len(theirs)], theirs, atol=2e-5, rtol=1e-4)
 
 
+def test_all_layers_at_once_are_the_layers_one_by_one():
+    layout = MergeLayout(FACTOR, n_sink=1, recent=2, unrotated=True, base="mean")
+    nets = networks(("tk", "tv"))
+    plain = [
+        {
+            kind: tuple(p for i in (0, 3, 6) for p in nets[f"compress_{kind}"][layer][i].parameters())
+            for kind in ("tk", "tv")
+        }
+        for layer in range(LAYERS)
+    ]
+    stacked = {
+        kind: tuple(torch.stack(parts) for parts in zip(*(net[kind] for net in plain), strict=True))
+        for kind in ("tk", "tv")
+    }
+    torch.manual_seed(1)
+    keys, values = torch.randn(2, LAYERS, 3, HEADS, 27, SIZE, dtype=torch.float64)
+    plan = make_plan([27], [()], layout, CPU)  # of one sequence, for three
+    together = merge_layer(keys, values, plan, stacked, layout, TABLE)
+    for layer in range(LAYERS):
+        alone = merge_layer(keys[layer], values[layer], plan, plain[layer], layout, TABLE)
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[layer], theirs)
+
+
 def test_what_is_left_of_a_context():
     assert MergeLayout(5).kept(1000) == 200
     assert MergeLayout(5).kept(1003) == 203

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+import time
 
 import pytest
 import torch
 
 from fastcache.cli import main
+from fastcache.compression.merge import run_net
 from fastcache.compression.merge_checkpoint import read_checkpoint
 from fastcache.errors import CheckpointError
 from fastcache.models.config import load_model_config
@@ -16,6 +20,7 @@ from fastcache.models.ops import Ops
 from fastcache.training.distil import distillation_loss
 from fastcache.training.frozen import FrozenModel
 from fastcache.training.judge import continuation_quality
+from fastcache.training.networks import MergeNetworks
 from fastcache.training.text import Corpus, even_windows, plain, random_windows
 from fastcache.training.trainer import TrainConfig, Trainer
 
@@ -109,11 +114,51 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(frozen, tmp_path):
         Trainer(frozen, [corpus()], other, state)
 
 
+def test_a_run_within_a_time_does_the_steps_that_fit_and_ends_as_planned(frozen, tmp_path, monkeypatch):
+    seconds = itertools.count()  # a step takes one
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+    long = TrainConfig(**(CONFIG.to_dict() | {"steps": 1000}))
+    state = tmp_path / "run.state"
+    run = Trainer(frozen, [corpus()], long, state)
+    assert run.run(finish_within_s=10.0)
+    assert run.step == run.config.steps == 10
+    run.save()
+    again = Trainer(frozen, [corpus()], long, state)  # what was asked for still names it
+    assert again.step == again.config.steps == 10
+    short = Trainer(frozen, [corpus()], TrainConfig(**(CONFIG.to_dict() | {"steps": 10})), None)
+    assert short.run()
+    for name, tensor in short.networks.export(torch.float32).items():
+        assert torch.equal(tensor, run.networks.export(torch.float32)[name]), name
+
+
+def test_saved_weights_are_rounded_without_moving_the_mean():
+    networks = MergeNetworks(2, 16, 32, CONFIG.layout, 0, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    mean, spread = torch.randn(2, 2, 16, generator=generator).abs()
+    with torch.no_grad():
+        networks.parameters["tk.6.weight"].normal_(0, 0.2, generator=generator)
+        networks.constants["tk.mean"].copy_(100 * mean)
+        networks.constants["tk.spread"].copy_(spread)
+        stacked = networks.fold()["tk"]
+    saved = networks.export(torch.bfloat16)
+    entries = 100 * mean[1] + spread[1] * torch.randn(50, 3, 16, generator=generator)
+    names = [f"compress_tk.1.{linear}.{part}" for linear in (0, 3, 6) for part in ("weight", "bias")]
+    got = run_net(tuple(saved[name].float() for name in names), entries, "none")
+    want = run_net(tuple(part[1] for part in stacked), entries, "none")
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
 def test_the_full_cache_is_its_own_measure(frozen):
     windows = even_windows(corpus(1), 32, 5)
     quality = continuation_quality(frozen, windows, 20, {"same": lambda t: t.caches}, 2, 1)
     assert quality["full"]["kl"] == 0 and quality["full"]["agreement"] == 1
-    assert quality["same"] == quality["full"]
+    assert quality["same"] == quality["full"] and quality["full"]["over"] == {"full": [0, 0], "same": [0, 0]}
+    cut = {"same": lambda t: t.caches, "cut": lambda t: [(k[:, :, :4], v[:, :, :4]) for k, v in t.caches]}
+    worse = continuation_quality(frozen, windows, 20, cut, 2, 1)["cut"]
+    mean, error = worse["over"]["same"]
+    assert error > 0 and mean == pytest.approx(
+        math.log(worse["perplexity"] / quality["full"]["perplexity"]), abs=1e-4
+    )
     logits = frozen.teacher(windows, 20).logits.unflatten(0, (5, -1))[:, :-1].double()
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 21:].flatten())
     assert quality["full"]["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)

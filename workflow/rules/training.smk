@@ -45,7 +45,7 @@ rule train_compressor:
         gpu=1,
     params:
         model=subpath(input.weights, parent=True),
-        settings="--steps 1500 --recent 64",
+        settings="--steps 4000 --recent 32 --context 1024",
     message:
         "Training networks that merge {wildcards.factor} KV entries into one"
     shell:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 
 from fastcache.core import Chunk, Sequence, Step
 from fastcache.engine.admission import Admission
@@ -49,8 +50,9 @@ class Scheduler:
         policy: StagePolicy | None = None,
         immediate_release: bool = True,
         tuner: Tuner | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.limits, self.allocator, self.stats = limits, allocator, stats
+        self.limits, self.allocator, self.stats, self._clock = limits, allocator, stats, clock
         self.prefix, self.compression, self.tuner = prefix, compression, tuner
         self.policy = policy or PrefillFirst()
         # The prefix cache names whole pages and late release is about them, so then they must be there.
@@ -85,7 +87,7 @@ class Scheduler:
 
         Raises `Drain` when pages ran out and what is in flight may free some.
         """
-        now_s, limit = time.perf_counter(), self.limits.max_num_batched_tokens
+        now_s, limit = self._clock(), self.limits.max_num_batched_tokens
         self._account.sample(self.stats.kv, now_s, self.running, len(self.waiting))
         blocked = bool(self.waiting) and (self._refused or len(self.waiting) > len(self._seats))
         load = load_of(now_s, self.running, self.waiting, limit, blocked)

@@ -13,9 +13,9 @@ from typing import ClassVar, Protocol
 from fastcache.config import STATIC_POLICY
 
 PREFILL, COMPRESS, DECODE = "prefill", "compress", "decode"
-# A prefill of fewer tokens than this leaves the matrix units waiting for weights, so it rides on a decode step for
-# nearly nothing; the time is how long such a small one may be held back for company.
-ENOUGH_TOKENS, PATIENCE_S = 512, 0.01
+# A prefill of fewer tokens than this leaves the matrix units waiting for weights, so two of them cost one step's worth
+# together; the time is how long such a small one may be held back for company, while others decode.
+ENOUGH_TOKENS, PATIENCE_S = 256, 0.01
 # Prefill tokens of a step that decoding sequences ride on: what they wait for, at most, between two tokens.
 MIXED_TOKENS = 2_048
 
@@ -121,7 +121,11 @@ class FixedBatches:
 @dataclass(frozen=True)
 class Dynamic:
     """`dynamic`: a stage runs when enough is pending or something has waited too long, as large as free memory
-    allows; decoding sequences ride on every prefill, so neither waits for the other."""
+    allows; decoding sequences ride on every prefill, so neither waits for the other.
+
+    It does the same work as any other policy with fewer passes over the weights, and never leaves the device idle: what
+    holds a prompt back is another step, not a clock.
+    """
 
     enough_tokens: int = ENOUGH_TOKENS
     patience_s: float = PATIENCE_S

@@ -11,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from tiny_llava import IMAGE_TOKEN, write_tiny_llava
 
 from fastcache import LLM
 from fastcache.bench.prompts import Vocabulary
@@ -231,6 +232,27 @@ def test_warming_up_brings_up_every_small_batch_and_as_many_as_a_policy_can_have
     llm._runner.launch = lambda step, seeds: (sizes.append(step.decode_tokens), launch(step, seeds))[1]
     warm_up(llm, plan_arrivals(one.workload, 8.0, 1.0, 0, Vocabulary(320, None)), 24)
     assert set(range(1, 9)) <= set(sizes) and max(sizes) > 16
+
+
+def test_pictures_are_served_and_warming_up_looks_at_few(tmp_path):
+    folder = write_tiny_llava(tmp_path)
+    workload = {"context": {"low": 24, "high": 30}, "output": {"low": 3, "high": 6}, "images": 1}
+    one = tiny_cell(folder, model="llava-mlp", workload=workload, rates=[10], max_num_seqs=32, method="knorm",
+                    compression_factor=2)  # fmt: skip
+    llm = LLM(**engine_options(one))
+    looked, embed = [], llm._runner.pictures.embeddings
+    llm._runner.pictures.embeddings = lambda step, ids: (
+        looked.extend(c.seq.request.request_id for c in step.chunks if c.seq.request.images),
+        embed(step, ids),
+    )[1]
+    words = Vocabulary(320, None, IMAGE_TOKEN, llm.describe()["tokens_per_image"])
+    arrivals = plan_arrivals(one.workload, 10.0, 0.5, 0, words)
+    warm_up(llm, arrivals, 32)
+    assert len(set(looked)) == 24
+    llm.close()
+    (row,) = measure(one, lambda _: None)["rows"]
+    jsonschema.Draft202012Validator(SCHEMA).validate(row)
+    assert row["status"] == "ok" and row["finished"] == row["requests"] > 0, row["error"]
 
 
 def test_a_cell_that_cannot_run_has_a_failed_row_for_every_rate(tmp_path):

@@ -64,6 +64,14 @@ def test_dynamic_lets_decoding_sequences_ride_on_every_prefill(load):
             assert turn.together and turn.max_tokens
 
 
+@given(loads)
+def test_dynamic_starts_a_prompt_at_once_where_nothing_decodes_and_names_work_wherever_there_is_some(load):
+    stages = [turn.stage for turn in Dynamic().turns(load)]
+    assert stages[-1] == DECODE
+    assert load.decode.pending or PREFILL in stages
+    assert not load.compress.pending or stages[0] == COMPRESS
+
+
 def test_dynamic_waits_for_company_but_not_for_long():
     policy = Dynamic(enough_tokens=100, patience_s=0.5)
     few = {"compress": Queue(), "decode": Queue(3, 9.9), "prefill_tokens": 99}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastcache.bench.prompts import PlannedRequest
 from fastcache.bench.serving.workload import Arrival
 from fastcache.config import SamplingParams
 from fastcache.results import RequestOutput
@@ -40,11 +41,16 @@ def warm_up(llm: Any, arrivals: Sequence[Arrival], max_num_seqs: int) -> None:
     prompts, params = [], []
     for i in range(max_num_seqs):
         request = arrivals[i % len(arrivals)].request
-        whole = i < WARM_PROMPTS or request.images
-        prompts.append(request.prompt if whole else request.prompt_token_ids[:SHORT_PROMPT])
+        prompts.append(request.prompt if i < WARM_PROMPTS else _text(request)[:SHORT_PROMPT])
         tokens = 2 + i // SEQS_PER_STEP + max(0, i - max(0, max_num_seqs - SEQS_PER_STEP))
         params.append(SamplingParams(max_tokens=min(request.max_tokens, tokens), ignore_eos=True))
     llm.generate(prompts, params)
+
+
+def _text(request: PlannedRequest) -> list[int]:
+    """Its token ids without those that stand for pictures."""
+    content = request.content or request.prompt_token_ids
+    return [token for token, said in zip(request.prompt_token_ids, content, strict=True) if said >= 0]
 
 
 def drive(llm: Any, arrivals: Sequence[Arrival], deadline_s: float) -> Recording:

@@ -20,8 +20,17 @@ from torch import Tensor
 
 from fastcache.config import open_interval, require
 
-# What a method may ask for; "query_stats" is query_mean, query_cov and inv_freq together.
-NEEDS = ("keys", "values", "window_queries", "attention_mass", "query_stats", "replay_scores")
+# What a method may ask for; "query_stats" is query_mean, query_cov and inv_freq together, and "hidden_states" are
+# seen as they pass (states.py): what stays of them is `ratings`.
+NEEDS = (
+    "keys",
+    "values",
+    "window_queries",
+    "attention_mass",
+    "query_stats",
+    "replay_scores",
+    "hidden_states",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class LayerKV:
     query_mean: Tensor | None = None  # (B, H, d) float32: unrotated queries from position method.n_sink on
     query_cov: Tensor | None = None  # (B, H, d, d) float32: their covariance, divided by their count
     replay_scores: Tensor | None = None  # (B, Hk, T) float32: largest weight while the context is repeated
+    ratings: Tensor | None = None  # (B, Hk, T) float32: what the method made of each token's hidden state
     inv_freq: Tensor | None = None  # (d / 2,) float32: rotary frequencies, given with query statistics
 
     @property
@@ -189,4 +199,6 @@ def whole_number(name: str, value: object, minimum: int) -> None:
 def _given(kv: LayerKV, need: str) -> bool:
     if need == "query_stats":
         return kv.query_mean is not None and kv.query_cov is not None and kv.inv_freq is not None
+    if need == "hidden_states":
+        return kv.ratings is not None
     return getattr(kv, need) is not None

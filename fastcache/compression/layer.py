@@ -36,6 +36,8 @@ class LayerCompressor:
         """Contexts out of their pages. queries: (n, H, w, d), replayed: (n, Hk, T), for methods that need them."""
         keys, values = self.pool.gather(layer, work.table, work.max_length)
         seen = {"window_queries": queries, "replay_scores": replayed}
+        if "hidden_states" in self.method.needs:
+            seen["ratings"] = self.pool.gather_ratings(layer, work.table, work.max_length)
         heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is None:
             repack_layer(self.pool, layer, keys, values, kept, work.fresh)
@@ -48,6 +50,8 @@ class LayerCompressor:
         keys = where.padded(k, longest) if "keys" in needs else where.shaped(k, longest)
         values = where.padded(v, longest) if "values" in needs else None
         seen = {"window_queries": queries, **self._observed(work, where, step)}
+        if step.ratings is not None:
+            seen["ratings"] = where.padded(step.ratings[..., None], longest)[..., 0]
         heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is not None:
             keys, values = where.padded(k, longest), where.padded(v, longest)

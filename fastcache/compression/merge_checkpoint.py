@@ -8,8 +8,6 @@ the tensors under `model_state_dict` and `compressor`, and holds `attention.*` t
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcache.compression.merge import MergeLayout, Net
+from fastcache.compression.tensor_file import read_safetensors, write_safetensors
 from fastcache.errors import CheckpointError
 
-METADATA = "fastcache"
 # In place of a path: seeded networks in the original's sizes, for dummy models alone (`dummy_checkpoint`).
 DUMMY, DUMMY_WIDTH = "dummy", 128
 LINEAR = (0, 3, 6)
@@ -71,7 +67,7 @@ def read_checkpoint(path: str) -> MergeCheckpoint:
             f"compressor checkpoint {path!r} does not exist. Give a .safetensors or .pth file; "
             "`fastcache train-compressor` makes one for a model."
         )
-    tensors, metadata = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
+    tensors, metadata = read_safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
     unused = tuple(sorted(name for name in tensors if _UNUSED.fullmatch(name)))
     strange = sorted(name for name in tensors if not _NAME.fullmatch(name) and name not in unused)
     if strange or len(unused) == len(tensors):
@@ -101,18 +97,6 @@ def dummy_checkpoint(num_layers: int, head_dim: int, factor: int, images: bool) 
                 tensors[tensor_name(kind, layer, linear, "weight")] = weight
                 tensors[tensor_name(kind, layer, linear, "bias")] = torch.zeros(rows)
     return MergeCheckpoint(DUMMY, tensors, MergeLayout(factor, unrotated=True, base="mean"), {}, ())
-
-
-def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{file} is not a readable safetensors file ({error}); copy it again."
-        ) from None
-    return tensors, metadata
 
 
 def _pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,8 +154,4 @@ def write_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], layout: MergeLayout, record: Mapping[str, Any]
 ) -> None:
     """Safetensors with layout and record inside; appears complete or not at all."""
-    metadata = {METADATA: json.dumps({"layout": layout.to_dict(), "record": record}, sort_keys=True)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), metadata)
-    os.replace(partial, path)
+    write_safetensors(path, tensors, {"layout": layout.to_dict(), "record": record})

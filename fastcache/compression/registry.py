@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "h2o": "fastcache.compression.h2o:H2O",
     "keydiff": "fastcache.compression.keydiff:KeyDiff",
     "knorm": "fastcache.compression.knorm:KNorm",
+    "kvzap": "fastcache.compression.kvzap:KVzap",
     "kvzip": "fastcache.compression.kvzip:KVzip",
     "mlp": "fastcache.compression.mlp:MLP",
     "observed_attention": "fastcache.compression.observed_attention:ObservedAttention",

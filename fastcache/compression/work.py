@@ -124,13 +124,14 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Computed:
-    """One layer of a step: rotated q (T, H, d), k and v (T, Hk, d), and the backend's `lse`."""
+    """One layer of a step: rotated q (T, H, d), k and v (T, Hk, d), the backend's `lse`, and ratings (T, Hk)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     lse: Tensor | None
+    ratings: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.q, self.k, self.v, self.lse) if x is not None]
+        return [x for x in (self.q, self.k, self.v, self.lse, self.ratings) if x is not None]

@@ -22,12 +22,13 @@ from fastcache.engine.chunks import Limits
 from fastcache.engine.cuda_graphs import padded_size
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
-from fastcache.engine.methods import check_method, compressors, method_plan, prompt_of
+from fastcache.engine.methods import check_method, compressors, method_plan, prompt_of, state_rater
 from fastcache.engine.replay_compressor import replay_positions
 from fastcache.engine.resolve import max_model_len_of, resolve_device, resolve_dtype, resolve_kv_dtype
 from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
+from fastcache.engine.states import StateRatings
 from fastcache.engine.transforming import bind
 from fastcache.engine.tuning import compression_places, make_tuner
 from fastcache.kvcache.head_layout import LayoutTable
@@ -86,6 +87,8 @@ class Parts:
 
     def _compressor(self) -> dict[str, Any] | None:
         """Which trained weights compress, if the method has any."""
+        if self.runner.states is not None:
+            return self.runner.states.rater.describe()
         method = self.runner.compressor.method if self.runner.compressor is not None else None
         return method.describe() if isinstance(method, BoundTransform) else None
 
@@ -117,9 +120,12 @@ def build(config: EngineConfig) -> Parts:
     )
     if isinstance(method, TransformMethod):
         method = bind(method, config, model, dtype, device)
+    rater = state_rater(method, model_config, dtype, device)
     heads = HeadShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     stored = resolve_kv_dtype(config.kv_dtype, dtype, device)
-    shape = KVShape(model_config.num_layers, heads.kv_heads, heads.head_dim, dtype, stored)
+    shape = KVShape(
+        model_config.num_layers, heads.kv_heads, heads.head_dim, dtype, stored, rated=rater is not None
+    )
     pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device)
     pool = KVPool(shape, pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
@@ -145,7 +151,8 @@ def build(config: EngineConfig) -> Parts:
         tuner,
     )
     compress = split.compress if config.partition.enabled else None
-    inline, deferred = compressors(plan, pool, model, prompt, compress, layouts)
+    states = StateRatings(rater, model, pool) if rater is not None else None
+    inline, deferred = compressors(plan, pool, model, prompt, compress, layouts, states)
     runner = Runner(
         model,
         pool,
@@ -163,6 +170,7 @@ def build(config: EngineConfig) -> Parts:
         places=places,
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
         deferred=deferred,
+        states=states,
     )
     if tuner is not None and runner.compressor is not None:
         runner.compressor.timed = True

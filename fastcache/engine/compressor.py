@@ -17,6 +17,7 @@ from fastcache.compression.work import Computed, Packed, Rotation, Work, page_ta
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
+from fastcache.engine.states import StateRatings
 from fastcache.engine.transforming import LayerTransformer
 from fastcache.kvcache.head_layout import HeadLayout, Layout, LayoutTable, SharedLayout
 from fastcache.kvcache.pool import KVPool
@@ -97,6 +98,7 @@ class InlineCompressor:
         self.method, self.pool, self.layout = method, pool, layout
         self.layers = layers_of(method, pool, num_layers, rotation)
         self.stream = stream
+        self.states: StateRatings | None = None  # of a method that needs hidden states
         self.table: LayoutTable | None = None  # where heads share: who reads what they got
         self.timed = False
         self.spans: list[
@@ -135,7 +137,7 @@ class InlineCompressor:
     def layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> None:
         """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already.
         lse: the backend's."""
-        step = Computed(q, k, v, lse)
+        step = Computed(q, k, v, lse, self.states.latest if self.states is not None else None)
         if self.stream is None:
             if not self.timed:
                 self._compress(layer, step)

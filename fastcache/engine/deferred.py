@@ -24,8 +24,9 @@ from fastcache.engine.compressor import layers_of
 from fastcache.kvcache.head_layout import Layout
 from fastcache.kvcache.pool import KVPool
 
-# What can be kept of a prefill at a price that is worth it: pages stay anyway, and a window of queries is small.
-DEFERRABLE_NEEDS = frozenset({"keys", "values", "window_queries"})
+# What can be kept of a prefill at a price that is worth it: pages stay anyway, ratings of hidden states with them, and
+# a window of queries is small.
+DEFERRABLE_NEEDS = frozenset({"keys", "values", "window_queries", "hidden_states"})
 
 
 @dataclass(frozen=True)

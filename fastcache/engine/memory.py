@@ -56,7 +56,7 @@ def num_pages(
     """Pages of the pool. Errors: `OutOfPages` when there is no room for one, with the remedy."""
     if config.num_pages is not None:
         return config.num_pages
-    page_bytes = shape.bytes_per_token * config.page_size
+    page_bytes = shape.slot_bytes * config.page_size
     useful = config.max_num_seqs * _pages_per_sequence(config, max_model_len) + 1
     if device.type == "cpu":
         available = int(psutil.virtual_memory().available * CPU_POOL_SHARE)

@@ -9,6 +9,7 @@ import torch
 from fastcache.compression.adakv import ADAKV, GLOBAL
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.head_budgets import HeadBudgets
+from fastcache.compression.states import StateFit, StateMethod, StateRater
 from fastcache.compression.transform import BoundTransform
 from fastcache.compression.work import Rotation
 from fastcache.config import EngineConfig
@@ -17,6 +18,7 @@ from fastcache.engine.deferred import DEFERRABLE_NEEDS, DeferredCompressor
 from fastcache.engine.replay import ReplayPrompt, replay_prompt
 from fastcache.engine.replay_compressor import ReplayCompressor
 from fastcache.engine.stages import stage_policy
+from fastcache.engine.states import StateRatings
 from fastcache.engine.transforming import TransformPlan
 from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.kvcache.head_layout import LayoutTable
@@ -34,6 +36,7 @@ def compressors(
     prompt: ReplayPrompt | None,
     stream: torch.cuda.Stream | None,
     table: LayoutTable | None,
+    states: StateRatings | None = None,
 ) -> tuple[InlineCompressor | None, DeferredCompressor | None]:
     """Who compresses inside a prefill step, and who after it; None without a method."""
     if plan is None:
@@ -46,8 +49,20 @@ def compressors(
         frequencies = inverse_frequencies(model.config.rope, model.config.head_dim)
         rotation = Rotation(model.cos_sin, frequencies.to(model.cos_sin.device))
         inline = InlineCompressor(plan.method, pool, layers, stream, plan.layout, rotation)
-    inline.table = table
+    inline.table, inline.states = table, states
     return inline, deferred
+
+
+def state_rater(
+    method: EvictionMethod | BoundTransform | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StateRater | None:
+    """Who rates hidden states, for a method that needs them. Errors: `ConfigError`, `CheckpointError`."""
+    if not isinstance(method, StateMethod):
+        return None
+    return method.rater(StateFit(model.num_layers, model.hidden_size, model.num_kv_heads, dtype, device))
 
 
 def method_plan(

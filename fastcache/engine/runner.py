@@ -21,6 +21,7 @@ from fastcache.engine.cuda_graphs import DecodeGraphs
 from fastcache.engine.deferred import DeferredCompressor, LaunchedJob
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.sampler import sample, sampling_batch
+from fastcache.engine.states import StateRatings
 from fastcache.errors import DeviceOutOfMemory
 from fastcache.kvcache.pool import KVPool
 from fastcache.models.layers import Places
@@ -62,9 +63,10 @@ class Runner:
         pictures: PictureEmbedder | None = None,
         places: Mapping[str, torch.cuda.Stream | None] | None = None,
         deferred: DeferredCompressor | None = None,
+        states: StateRatings | None = None,
     ) -> None:
         self.model, self.pool, self.backend, self.builder = model, pool, backend, builder
-        self.compressor, self.deferred, self.pictures = compressor, deferred, pictures
+        self.compressor, self.deferred, self.pictures, self.states = compressor, deferred, pictures, states
         self.device = pool.device
         self.places = places or {}  # streams by the names that a step's `place` may have
         self._stream = stream  # None: the device's default stream
@@ -145,7 +147,9 @@ class Runner:
             return out
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)
-        hidden = self.model(batch.input_ids, batch.positions, attend, embeddings, places)
+        rated = self.states is not None and not step.decode
+        with self.states.watching(step, batch) if rated else nullcontext():
+            hidden = self.model(batch.input_ids, batch.positions, attend, embeddings, places)
         for each in watching:
             each.finish()
         self._keep_logprobs(step, batch, hidden)

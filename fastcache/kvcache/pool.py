@@ -20,7 +20,8 @@ class KVShape:
     """What one token stores. Sizes in entries; byte counts are of keys and values together.
 
     dtype: what the model computes in. stored: what the pool holds, by default the same; or float8_e4m3fn, which
-    is cast to without a scale, clamped to its largest value.
+    is cast to without a scale, clamped to its largest value. rated: a method's rating of each entry (compression/
+    states.py) stands beside it, one float32 per KV head.
     """
 
     num_layers: int
@@ -28,6 +29,7 @@ class KVShape:
     head_dim: int
     dtype: torch.dtype
     stored: torch.dtype = None
+    rated: bool = False
 
     def __post_init__(self) -> None:
         if self.stored is None:
@@ -35,8 +37,14 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """What a token takes in the pool, all layers."""
+        """What a token's keys and values take in the pool, all layers."""
         return 2 * self.num_layers * self.kv_heads * self.head_dim * self.stored.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """What a slot of the pool takes, all layers: keys, values and, where there are any, ratings."""
+        ratings = self.num_layers * self.kv_heads * torch.float32.itemsize if self.rated else 0
+        return self.bytes_per_token + ratings
 
     @property
     def layer_bytes(self) -> int:
@@ -84,6 +92,9 @@ class KVPool:
         self.shape, self.num_pages, self.page_size, self.device = shape, num_pages, page_size, device
         size = (shape.num_layers, num_pages, shape.kv_heads, page_size, shape.head_dim)
         self.keys, self.values = _zeros(size, shape.stored, device), _zeros(size, shape.stored, device)
+        # A page's ratings are as good as its entries: shared with it, and written again when they are.
+        ratings = (shape.num_layers, num_pages, page_size, shape.kv_heads)
+        self.ratings = _zeros(ratings, torch.float32, device) if shape.rated else None
         self._write_fast = None
         if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
             from fastcache.kvcache.write_triton import write_kv
@@ -92,7 +103,7 @@ class KVPool:
 
     @property
     def page_bytes(self) -> int:
-        return self.shape.bytes_per_token * self.page_size
+        return self.shape.slot_bytes * self.page_size
 
     def place(self, layer: int, slot_mapping: Tensor) -> KVPlace:
         return KVPlace(self.keys[layer], self.values[layer], slot_mapping)
@@ -124,6 +135,15 @@ class KVPool:
             )  # (B, num_pages, kv_heads, page_size, head_dim)
             out.append(pages.to(self.shape.dtype).transpose(1, 2).flatten(2, 3)[:, :, :length])
         return out[0], out[1]
+
+    def write_ratings(self, layer: int, ratings: Tensor, slot_mapping: Tensor) -> None:
+        """Store ratings (T, kv_heads) float32 beside their entries, except those whose slot, (T,), is -1."""
+        self.ratings[layer].flatten(0, 1)[slot_mapping.clamp(min=0)] = ratings  # slot 0: as in `write`
+
+    def gather_ratings(self, layer: int, page_table: Tensor, length: int) -> Tensor:
+        """As `gather`: (B, kv_heads, length) float32."""
+        table = page_table[:, : -(-length // self.page_size)].long()
+        return self.ratings[layer][table].flatten(1, 2)[:, :length].transpose(1, 2)
 
     def read_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Entries by their row, the pool read as (-1, head_dim). Returns two (*rows.shape, head_dim), model dtype."""

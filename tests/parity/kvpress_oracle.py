@@ -38,6 +38,7 @@ PRESSES: dict[str, Callable[[float], BasePress] | None] = {
     "h2o": None,  # kvpress has only the normalised relative; the definition is tested by hand
     "keydiff": lambda ratio: KeyDiffPress(ratio),
     "knorm": lambda ratio: KnormPress(ratio),
+    "kvzap": None,  # has trained weights; test_kvzap.py gives the press and the engine the same
     "kvzip": None,  # scores the whole model at once; test_kvzip.py has its own oracle
     "observed_attention": lambda ratio: ObservedAttentionPress(ratio),
     "random": None,  # no random generator is shared; the counts are compared
@@ -161,6 +162,8 @@ def layer_kv(records: list[RecordedLayer], method: EvictionMethod, budgets: list
         fields["replay_scores"] = padded(
             [r.attention_mass.unflatten(0, (len(r.keys), -1)).amax(1) for r in records]
         )
+    if "hidden_states" in method.needs:  # likewise
+        fields["ratings"] = padded([r.keys[..., 0] for r in records])
     if "query_stats" in method.needs:
         mean, cov = zip(*(r.query_statistics(method.n_sink) for r in records), strict=True)
         fields |= {"query_mean": torch.stack(mean), "query_cov": torch.stack(cov)}

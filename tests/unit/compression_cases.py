@@ -16,6 +16,7 @@ FIELDS = {
     "window_queries": ("window_queries",),
     "attention_mass": ("attention_mass",),
     "replay_scores": ("replay_scores",),
+    "hidden_states": ("ratings",),
     "query_stats": ("query_mean", "query_cov", "inv_freq"),
 }
 
@@ -50,6 +51,7 @@ def random_layer(
         window_queries=stack("window_queries", None),
         attention_mass=stack("attention_mass", 1),
         replay_scores=stack("replay_scores", 1),
+        ratings=stack("ratings", 1),
         query_mean=stack("query_mean", None),
         query_cov=stack("query_cov", None),
         inv_freq=10_000.0 ** -(torch.arange(size // 2) / (size // 2)),
@@ -69,6 +71,7 @@ def _random_row(
         "attention_mass": torch.rand(heads, length, generator=generator) * length,
         "query_mean": torch.randn(heads, size, generator=generator),
         "replay_scores": torch.rand(kv_heads, length, generator=generator),
+        "ratings": torch.randn(kv_heads, length, generator=generator),
         "query_cov": centred.transpose(1, 2) @ centred / (2 * size),
     }
 

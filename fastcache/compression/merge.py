@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,18 +72,22 @@ class MergePlan:
     """Where everything comes from, on the device; the same for all layers and heads.
 
     rows: per kind of span ("t" text, "i" image) the entries of each group, (B, G, k) int64; kinds without a group
-    are absent. source: (B, K) int64, for each kept entry the stored one to copy, or T + g for group g of the text
-    groups followed by the image groups. `merged` marks the latter. lengths: kept entries per sequence.
+    are absent. source: (B, K) int64, for each kept entry the stored one to copy or, where `merged`, its group among
+    the text groups followed by the image groups. lengths: kept entries per sequence.
+    kinds, first: (B, K) int64, the same as a kernel wants it: 0 copied, 1 text group, 2 image group, -1 behind a
+    sequence's own; and the first stored entry of each.
     """
 
     rows: Mapping[str, Tensor]
     source: Tensor
     merged: Tensor
+    kinds: Tensor
+    first: Tensor
     lengths: tuple[int, ...]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.rows.values(), self.source, self.merged]
+        return [*self.rows.values(), self.source, self.merged, self.kinds, self.first]
 
 
 def make_plan(
@@ -90,48 +95,63 @@ def make_plan(
 ) -> MergePlan:
     """A plan for B sequences. A sequence with nothing to merge keeps all its entries."""
     parts = [_one(length, spans, layout) for length, spans in zip(lengths, image_spans, strict=True)]
-    first = {kind: _pad([starts[kind] for starts, _, _ in parts]) for kind in KINDS}
-    flags = _pad([flag for _, flag, _ in parts])
+    starts = {kind: _pad([one.starts[kind] for one in parts]) for kind in KINDS}
+    flags = _pad([one.flags for one in parts])
     # Merged entries are numbered text first, then images, each padded to the widest sequence.
-    source = _pad([index for _, _, index in parts]) + np.where(flags == 2, first["t"].shape[1], 0)
+    source = _pad([one.index for one in parts]) + np.where(flags == 2, starts["t"].shape[1], 0)
 
     def to(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    rows = {
-        kind: to(starts[:, :, None] + np.arange(layout.factor))
-        for kind, starts in first.items()
-        if starts.shape[1]
-    }
-    return MergePlan(rows, to(source), to(flags > 0), tuple(len(flag) for _, flag, _ in parts))
+    return MergePlan(
+        {
+            kind: to(first[:, :, None] + np.arange(layout.factor))
+            for kind, first in starts.items()
+            if first.shape[1]
+        },
+        to(source),
+        to(flags > 0),
+        to(_pad([one.flags for one in parts], -1)),
+        to(_pad([one.first for one in parts])),
+        tuple(len(one.flags) for one in parts),
+    )
 
 
-def _one(
-    length: int, spans: Spans, layout: MergeLayout
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """One sequence: where its groups start, and per kept entry what it is (0 stored, 1 text, 2 image) and which."""
+class _Sequence(NamedTuple):
+    """starts: of its groups, by kind. Per kept entry: flags, what it is (0 stored, 1 text, 2 image); index, which
+    stored entry or which group; first, the first stored entry of it."""
+
+    starts: dict[str, np.ndarray]
+    flags: np.ndarray
+    index: np.ndarray
+    first: np.ndarray
+
+
+def _one(length: int, spans: Spans, layout: MergeLayout) -> _Sequence:
     k, at = layout.factor, 0
     starts: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    flags, index, count = [], [], dict.fromkeys(KINDS, 0)
+    runs, count = [], dict.fromkeys(KINDS, 0)
 
-    def add(flag: int, entries: np.ndarray) -> None:
-        flags.append(np.full(len(entries), flag, np.int64))
-        index.append(entries)
+    def add(flag: int, index: np.ndarray, first: np.ndarray) -> None:
+        runs.append((np.full(len(index), flag, np.int64), index, first))
 
     for first, end, is_image in layout.segments(length, spans):
         kind, groups = KINDS[is_image], (end - first) // k
-        add(0, np.arange(at, first))
-        add(1 + is_image, np.arange(count[kind], count[kind] + groups))
-        starts[kind].append(first + k * np.arange(groups))
+        kept = np.arange(at, first)
+        add(0, kept, kept)
+        own = first + k * np.arange(groups)
+        add(1 + is_image, np.arange(count[kind], count[kind] + groups), own)
+        starts[kind].append(own)
         count[kind] += groups
         at = first + k * groups
-    add(0, np.arange(at, length))
+    kept = np.arange(at, length)
+    add(0, kept, kept)
     whole = {kind: np.concatenate([np.zeros(0, np.int64), *own]) for kind, own in starts.items()}
-    return whole, np.concatenate(flags), np.concatenate(index)
+    return _Sequence(whole, *(np.concatenate(column) for column in zip(*runs, strict=True)))
 
 
-def _pad(rows: list[np.ndarray]) -> np.ndarray:
-    out = np.zeros((len(rows), max(map(len, rows))), np.int64)
+def _pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
+    out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
     for row, values in enumerate(rows):
         out[row, : len(values)] = values
     return out

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastcache.compression.base import LayerKV
-from fastcache.compression.merge import MergeLayout, MergePlan, make_plan, merge_layer
+from fastcache.compression.merge import MergeLayout, MergePlan, Net, make_plan, merge_layer
 from fastcache.compression.merge_checkpoint import (
     DUMMY,
     MergeCheckpoint,
@@ -99,6 +100,8 @@ class BoundMLP(BoundTransform):
         self.layout, self._fit = layout, fit
         self._nets = [checkpoint.nets(layer, fit.dtype, fit.device) for layer in range(fit.num_layers)]
         self._checkpoint = checkpoint
+        self._into_pages = _kernel(self._nets[0], fit)
+        self._angles = fit.cos_sin.half() if self._into_pages is not None else None
 
     def kept(self, num_tokens: int, image_spans: Spans = ()) -> int:
         return self.layout.kept(num_tokens, image_spans)
@@ -108,6 +111,15 @@ class BoundMLP(BoundTransform):
 
     def transform(self, kv: LayerKV, plan: MergePlan) -> tuple[Tensor, Tensor]:
         return merge_layer(kv.keys, kv.values, plan, self._nets[kv.layer], self.layout, self._fit.cos_sin)
+
+    def transform_into(
+        self, kv: LayerKV, plan: MergePlan, pages: tuple[Tensor, Tensor], fresh: Tensor
+    ) -> bool:
+        if self._into_pages is None:
+            return False
+        nets = self._nets[kv.layer]
+        self._into_pages(kv.keys, kv.values, plan, nets, self.layout, self._angles, pages, fresh)
+        return True
 
     def describe(self) -> dict[str, Any]:
         layout, unused, path = self.layout, len(self._checkpoint.unused), self._checkpoint.path
@@ -120,3 +132,12 @@ class BoundMLP(BoundTransform):
             "recent": layout.recent,
             "unused": unused,
         }
+
+
+def _kernel(nets: Mapping[str, Net], fit: ModelFit) -> Callable[..., None] | None:
+    """`merge_triton.merge_into_pages` where it fits the networks and the device."""
+    if fit.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from fastcache.compression import merge_triton
+
+    return merge_triton.merge_into_pages if merge_triton.takes(fit.dtype, fit.head_dim, nets) else None

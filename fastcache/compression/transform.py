@@ -59,6 +59,14 @@ class BoundTransform(ABC):
     def transform(self, kv: LayerKV, plan: Plan) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hk, K, d), left-aligned, K the largest `kept`; any content behind a sequence's own."""
 
+    def transform_into(self, kv: LayerKV, plan: Plan, pages: tuple[Tensor, Tensor], fresh: Tensor) -> bool:
+        """`transform`, stored at once; False where this device and dtype have no such way, and nothing is done.
+
+        pages: the layer's stored keys and values, (P, Hk, page_size, d). fresh: (B, pages) int32, those that each
+        sequence fills from slot 0 on.
+        """
+        return False
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for whoever reads a result."""

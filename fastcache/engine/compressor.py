@@ -12,13 +12,13 @@ from fastcache.compression.adakv import GLOBAL, safe_count
 from fastcache.compression.base import EvictionMethod, budget
 from fastcache.compression.head_budgets import HeadBudgets
 from fastcache.compression.layer import NEEDS_ALL_QUERIES, LayerCompressor
+from fastcache.compression.layer_transform import LayerTransformer
 from fastcache.compression.transform import BoundTransform, Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables, similar, window_rows
 from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.states import StateRatings
-from fastcache.engine.transforming import LayerTransformer
 from fastcache.kvcache.head_layout import HeadLayout, Layout, LayoutTable, SharedLayout
 from fastcache.kvcache.pool import KVPool
 

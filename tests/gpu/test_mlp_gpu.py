@@ -9,14 +9,17 @@ from tiny_llava import IMAGE_TOKEN, picture, write_tiny_llava
 
 from fastcache import LLM, SamplingParams
 from fastcache.cli import main
-from fastcache.compression.merge import MergeLayout
-from fastcache.compression.merge_checkpoint import read_checkpoint, write_checkpoint
+from fastcache.compression.merge import MergeLayout, make_plan, merge_layer
+from fastcache.compression.merge_checkpoint import dummy_checkpoint, read_checkpoint, write_checkpoint
+from fastcache.kvcache.pool import KVPool, KVShape
+from fastcache.models.config import RopeConfig
+from fastcache.models.rope import rotary_table
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FACTOR, SIZE = 4, 64
+FACTOR, SIZE, CUDA = 4, 64, torch.device("cuda")
 
 
 def test_float32_on_the_gpu_equals_the_cpu(tmp_path_factory):
@@ -50,6 +53,69 @@ def test_float32_on_the_gpu_equals_the_cpu(tmp_path_factory):
     want = run("cpu")
     for options in ({}, {"max_num_batched_tokens": 32}, {"policy": "dynamic"}):
         assert run("cuda", **options) == want
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kernels_equal_the_reference_in_bfloat16(size, stored):
+    """Three contexts with images, out of a merged projection, into pages: as the reference in float32."""
+    layout, heads, lengths = MergeLayout(5, 4, 16, True, "mean"), 8, [1500, 700, 1203]
+    spans = [((40, 576), (700, 576)), (), ((0, 576),)]
+    torch.manual_seed(0)
+    projection = torch.randn(3, 1600, 3 * heads, size, device="cuda").bfloat16()
+    keys, values = (projection[:, :, i * heads :][:, :, :heads].transpose(1, 2) for i in (1, 2))
+    table = rotary_table(RopeConfig(1e4), size, 2000, CUDA)
+    made = dummy_checkpoint(1, size, 5, images=True)
+    nets, wide = made.nets(0, torch.bfloat16, CUDA), made.nets(0, torch.float32, CUDA)
+    wide = {kind: tuple(part.bfloat16().float() for part in net) for kind, net in wide.items()}
+    plan = make_plan(lengths, spans, layout, CUDA)
+    want = merge_layer(keys.float(), values.float(), plan, wide, layout, table)
+    pages = -(-max(plan.lengths) // 16)
+    pool = KVPool(KVShape(1, heads, size, torch.bfloat16, stored), 3 * pages + 1, 16, CUDA)
+    fresh = 1 + torch.arange(3 * pages, dtype=torch.int32, device="cuda").view(3, pages)
+    from fastcache.compression.merge_triton import merge_into_pages, takes
+
+    assert takes(torch.bfloat16, size, nets)
+    one_layer = pool.keys[0], pool.values[0]
+    merge_into_pages(keys, values, plan, nets, layout, table.half(), one_layer, fresh)
+    loose = 0.02 if stored == torch.bfloat16 else 0.08
+    for got, expected in zip(pool.gather(0, fresh, max(plan.lengths)), want, strict=True):
+        for row, count in enumerate(plan.lengths):
+            ours, theirs = got[row, :, :count].float(), expected[row, :, :count]
+            assert (ours - theirs).abs().max() < loose * theirs.abs().max()
+            assert (ours - theirs).norm() < 0.7 * loose * theirs.norm()
+
+
+def test_the_engine_merges_in_bfloat16_as_the_reference_does(tmp_path, monkeypatch):
+    folder = write_tiny_llava(tmp_path / "llava", head_dim=SIZE)
+    compression = {"method": "mlp", "compression_factor": FACTOR, "params": {"checkpoint": "dummy"}}
+    prompts = torch.randint(0, 200, (4, 120), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def run(**options):
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            device="cuda",
+            dtype="bfloat16",
+            num_pages=200,
+            max_model_len=256,
+            compression=compression,
+            **options,
+        )
+        first = llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+        llm.check_books()
+        llm.close()
+        return [output.token_ids for output in first], [o.metrics.kv_len_after for o in first]
+
+    tokens, kept = run()
+    assert kept == [120 // FACTOR] * 4
+    monkeypatch.setattr("fastcache.compression.mlp._kernel", lambda nets, fit: None)
+    slow, same = run()
+    assert same == kept
+    agree = [
+        a == b for ours, theirs in zip(tokens, slow, strict=True) for a, b in zip(ours, theirs, strict=True)
+    ]
+    assert sum(agree) >= 0.6 * len(agree)  # bfloat16 rounds differently in both
 
 
 def test_training_on_the_gpu(tiny_model, tmp_path):

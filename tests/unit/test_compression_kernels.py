@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("cases", ["kernel_cases.py", "ragged_kernel_cases.py"])
+@pytest.mark.parametrize("cases", ["kernel_cases.py", "ragged_kernel_cases.py", "merge_kernel_cases.py"])
 def test_kernels_equal_the_reference(cases):
     run = subprocess.run(
         [sys.executable, FOLDER / cases],

@@ -235,4 +235,3 @@ class ForwardBatch:
     kv_lens: Tensor
     page_table: Tensor
     sample_rows: Tensor
-    sample_seats: Tensor

@@ -7,6 +7,7 @@ chunks with stored entries before them read the pages.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fastcache.errors import UnsupportedCombination
 from fastcache.kvcache.pool import KVPool
 
 Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Pages = tuple[np.ndarray, np.ndarray, np.ndarray]  # indptr, page numbers, entries in the last page
 
 WORKSPACE_BYTES = 256 * 2**20
 DTYPES = (torch.bfloat16, torch.float16)
@@ -41,6 +43,16 @@ def unsupported(pool: KVPool, device: torch.device) -> str | None:
     if pool.shape.head_dim not in HEAD_DIMS:
         return f"flashinfer has no kernel for head size {pool.shape.head_dim}"
     return None
+
+
+@dataclass
+class _GraphDecode:
+    """Decode of one batch size under a graph, which reads buffers that every plan fills anew."""
+
+    wrapper: object
+    last_page_len: Tensor
+    planned: tuple[np.ndarray, np.ndarray] | None = None  # indptr and page numbers of the last plan
+    run: Run | None = None  # what it planned
 
 
 class FlashInfer(AttentionBackend):
@@ -68,7 +80,7 @@ class FlashInfer(AttentionBackend):
         self._eager = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace, "HND", use_tensor_cores=TENSOR_CORES, backend="fa2"
         )
-        self._graph: dict[int, object] = {}
+        self._graph: dict[int, _GraphDecode] = {}
         self._planned = torch.cuda.Event()
 
     def plan(self, batch: ForwardBatch) -> None:
@@ -77,12 +89,13 @@ class FlashInfer(AttentionBackend):
         self._planned.synchronize()
         host = batch.host
         if host.decode:
-            self._run = self._plan_decode(self._eager, host)
+            self._run = self._plan_decode(self._eager, self._pages(host.kv_lens, host.page_table))
         elif not host.decode_rows:
             self._run = self._plan_prefill(host)
         else:
             first, rest = split_mixed(host)
-            prefill, decode = self._plan_prefill(first), self._plan_decode(self._eager, rest)
+            prefill = self._plan_prefill(first)
+            decode = self._plan_decode(self._eager, self._pages(rest.kv_lens, rest.page_table))
             t = len(first.positions)
             self._run = lambda layer, q, k, v: torch.cat(
                 (prefill(layer, q[:t], k[:t], v[:t]), decode(layer, q[t:], k[t:], v[t:]))
@@ -90,18 +103,26 @@ class FlashInfer(AttentionBackend):
         self._planned.record()
 
     def plan_graph(self, host: HostBatch) -> None:
-        size = host.num_seqs
+        size, pages = host.num_seqs, self._pages(host.kv_lens, host.page_table)
         if size not in self._graph:
-            self._graph[size] = self._graph_wrapper(size)
-        self._planned.synchronize()
-        self._run = self._plan_decode(self._graph[size], host)
-        self._planned.record()
+            self._graph[size] = self._graph_decode(size)
+        decode, (indptr, indices, last) = self._graph[size], pages
+        if decode.planned is not None and all(map(np.array_equal, decode.planned, (indptr, indices))):
+            # A schedule is made of whole pages, and those are the last step's: only what is in them has changed.
+            decode.last_page_len.copy_(_pinned(last), non_blocking=True)
+        else:
+            self._planned.synchronize()
+            decode.run = self._plan_decode(decode.wrapper, pages)
+            self._planned.record()
+            decode.planned = (indptr, indices)
+        self._run = decode.run
 
-    def _graph_wrapper(self, size: int) -> object:
+    def _graph_decode(self, size: int) -> _GraphDecode:
         def buffer(length: int) -> Tensor:
             return torch.zeros(length, dtype=torch.int32, device=self.pool.device)
 
-        return self._lib.BatchDecodeWithPagedKVCacheWrapper(
+        last_page_len = buffer(size)
+        wrapper = self._lib.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             "HND",
             use_cuda_graph=True,
@@ -110,25 +131,27 @@ class FlashInfer(AttentionBackend):
             paged_kv_indptr_buffer=buffer(size + 1),
             # Padded rows all read the scratch page, so a step can name more pages than the pool has.
             paged_kv_indices_buffer=buffer(self.pool.num_pages + size),
-            paged_kv_last_page_len_buffer=buffer(size),
+            paged_kv_last_page_len_buffer=last_page_len,
         )
+        return _GraphDecode(wrapper, last_page_len)
 
-    def _pages(self, kv_lens: np.ndarray, page_table: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """(indptr, page numbers, entries in the last page), flattened over sequences; numbers on the device."""
+    def _pages(self, kv_lens: np.ndarray, page_table: np.ndarray) -> Pages:
+        """Flattened over sequences."""
         counts = -(-kv_lens // self.pool.page_size)
         indptr = np.concatenate(([0], np.cumsum(counts)))
         indices = page_table[np.arange(page_table.shape[1]) < counts[:, None]]
         last = kv_lens - (counts - 1) * self.pool.page_size
-        numbers = _pinned(indices).to(self.pool.device, non_blocking=True)
-        return _pinned(indptr), numbers, _pinned(last)
+        return indptr, indices, last
 
-    def _plan_decode(self, wrapper: object, host: HostBatch) -> Run:
-        indptr, indices, last = self._pages(host.kv_lens, host.page_table)
+    def _on_device(self, pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
+        """As a plan takes them: page numbers on the device, the rest where it can be read without waiting."""
+        indptr, indices, last = map(_pinned, pages)
+        return indptr, indices.to(self.pool.device, non_blocking=True), last
+
+    def _plan_decode(self, wrapper: object, pages: Pages) -> Run:
         h = self.heads
         wrapper.plan(
-            indptr,
-            indices,
-            last,
+            *self._on_device(pages),
             h.num_heads,
             h.kv_heads,
             h.head_dim,
@@ -150,7 +173,7 @@ class FlashInfer(AttentionBackend):
             self._ragged.plan(cu_seqlens, cu_seqlens, *shape, kv_data_type=dtype, **options)
         if readers:
             cu_seqlens = _pinned(host.cu_seqlens_q[: readers + 1])
-            pages = self._pages(host.kv_lens[:readers], host.page_table[:readers])
+            pages = self._on_device(self._pages(host.kv_lens[:readers], host.page_table[:readers]))
             options["kv_data_type"] = self.pool.shape.stored
             self._paged.plan(cu_seqlens, *pages, *shape, self.pool.page_size, **options)
         if readers == 0:

@@ -93,9 +93,7 @@ def to_device(host: HostBatch, last_tokens: Tensor) -> ForwardBatch:
     known = [] if host.token_ids is None else host.token_ids
     ids = np.concatenate((known, seats_of)).astype(np.int64)
     numbers = [ids, host.positions, host.slots, host.cu_seqlens_q, host.kv_lens]
-    ids, positions, slots, cu_seqlens, kv_lens, rows, seats = upload(
-        [*numbers, host.sample_rows, host.sample_seats], device
-    )
+    ids, positions, slots, cu_seqlens, kv_lens, rows = upload([*numbers, host.sample_rows], device)
     if on_device:
         split = len(ids) - on_device
         ids = torch.cat((ids[:split], last_tokens[ids[split:]]))
@@ -108,5 +106,4 @@ def to_device(host: HostBatch, last_tokens: Tensor) -> ForwardBatch:
         kv_lens=kv_lens,
         page_table=upload([host.page_table], device)[0],
         sample_rows=rows,
-        sample_seats=seats,
     )

@@ -19,7 +19,7 @@ from fastcache.kvcache.pages import SCRATCH_PAGE
 SMALL_SIZES = (1, 2, 4, 8)
 SIZE_STEP = 16
 
-Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+Decode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def padded_size(num_seqs: int) -> int:
@@ -53,11 +53,12 @@ def pad(host: HostBatch, size: int, spare_seat: int) -> HostBatch:
 
 
 class DecodeGraphs:
-    """Captures and replays `decode(seats, positions, slots) -> logits` over static input buffers.
+    """Captures and replays `decode(seats, positions, slots) -> (logits, likeliest tokens)` over static buffers.
 
-    A graph keeps the SMs of the stream it is captured on, so each stream that decodes gets graphs of its own:
-    `home` is where steps run now, a partition's main stream, or None for the default stream. Errors:
-    `CaptureWithoutStream` for a step that runs elsewhere.
+    `decode` also puts each seat's token into `last_tokens`, from where the next step takes it. A graph keeps the SMs of
+    the stream it is captured on, so each stream that decodes gets graphs of its own: `home` is where steps run now, a
+    partition's main stream, or None for the default stream. Errors: `CaptureWithoutStream` for a step that runs
+    elsewhere.
     """
 
     def __init__(
@@ -69,17 +70,19 @@ class DecodeGraphs:
         home: torch.cuda.Stream | None = None,
     ) -> None:
         self._decode, self._backend = decode, backend
-        self._spare_seat = max_num_seqs
+        self._last_tokens, self._spare_seat = last_tokens, max_num_seqs
         self._inputs = torch.zeros(
             (3, padded_size(max_num_seqs)), dtype=torch.int64, device=last_tokens.device
         )
-        self._graphs: dict[tuple[torch.cuda.Stream | None, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[
+            tuple[torch.cuda.Stream | None, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
+        ] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._side: torch.cuda.Stream | None = None  # for captures of steps on the default stream
         self.home = home
 
-    def run(self, host: HostBatch) -> Tensor:
-        """Logits (B, vocab) of a decode step; valid until the next call."""
+    def run(self, host: HostBatch) -> tuple[Tensor, Tensor]:
+        """Logits (B, vocab) and likeliest tokens (B,) of a decode step; valid until the next call."""
         size = padded_size(host.num_seqs)
         padded = pad(host, size, self._spare_seat)
         numbers = torch.from_numpy(np.stack((padded.seats, padded.positions, padded.slots))).pin_memory()
@@ -88,22 +91,25 @@ class DecodeGraphs:
         key = (self.home, size)
         if key not in self._graphs:
             self._graphs[key] = self._capture(size)
-        graph, logits = self._graphs[key]
+        graph, logits, tokens = self._graphs[key]
         graph.replay()
-        return logits[: host.num_seqs]
+        return logits[: host.num_seqs], tokens[: host.num_seqs]
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Run once eagerly, so that kernels are compiled, then capture. Storing the same KV twice is harmless."""
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Run once eagerly, so that kernels are compiled, then capture. Storing the same KV twice is harmless; the
+        tokens that the step starts from are put back."""
         seats, positions, slots = self._inputs[:, :size]
         stream = torch.cuda.current_stream()
         side = self._capture_stream(stream)
+        before = self._last_tokens.clone()
         self._decode(seats, positions, slots)
+        self._last_tokens.copy_(before)
         graph = torch.cuda.CUDAGraph()
         side.wait_stream(stream)
         with capture(graph, side, (side,), self._memory):
-            logits = self._decode(seats, positions, slots)
+            logits, tokens = self._decode(seats, positions, slots)
         stream.wait_stream(side)
-        return graph, logits
+        return graph, logits, tokens
 
     def _capture_stream(self, current: torch.cuda.Stream) -> torch.cuda.Stream:
         """Where steps run; beside the default stream, on which nothing can be captured, a stream of our own."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class Runner:
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = None
         if use_graphs and backend.supports_graphs:
-            self.graphs = DecodeGraphs(self.decode_logits, backend, self.last_tokens, max_num_seqs, stream)
+            self.graphs = DecodeGraphs(self.decode, backend, self.last_tokens, max_num_seqs, stream)
 
     def use_streams(self, main: torch.cuda.Stream, compress: torch.cuda.Stream) -> None:
         """Run the steps from here on on another partition's streams, in order behind those before."""
@@ -122,12 +123,11 @@ class Runner:
         if step.place is not None:
             self.compressor.stream = self.places[step.place]
         if host.decode and self.graphs is not None:
-            logits = self.graphs.run(host)
-            (seats,) = upload([host.sample_seats], self.device)
+            logits, likeliest = self.graphs.run(host)
         else:
-            batch = to_device(host, self.last_tokens)
-            logits, seats = self._forward(step, batch), batch.sample_seats
-        return self._sample(step, logits, seats, seeds, launched_s)
+            logits, likeliest = self._forward(step, to_device(host, self.last_tokens)), None
+        tokens = self._sample(step, logits, likeliest, host.sample_seats, seeds)
+        return self._pending(step, tokens, launched_s)
 
     def _forward(self, step: Step, batch: ForwardBatch) -> Tensor:
         watching = [
@@ -166,8 +166,11 @@ class Runner:
                 logits = self.model.logits(hidden[row + first : row + stop])
                 chunk.seq.logprobs.append(logits.float().log_softmax(-1))
 
-    def decode_logits(self, seats: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """The part of a decode step that a graph captures; `plan` has been called. Returns (B, vocab)."""
+    def decode(self, seats: Tensor, positions: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of a decode step that a graph captures; `plan` has been called.
+
+        Returns logits (B, vocab) and the likeliest tokens (B,), which are each seat's newest from here on.
+        """
 
         places = self._places(slots)
 
@@ -176,7 +179,10 @@ class Runner:
                 self.backend.store(layer, k, v, slots)
             return self.backend.run(layer, q, k, v)
 
-        return self.model.logits(self.model(self.last_tokens[seats], positions, attend, places=places))
+        logits = self.model.logits(self.model(self.last_tokens[seats], positions, attend, places=places))
+        tokens = self.model.ops.argmax(logits)
+        self.last_tokens[seats] = tokens
+        return logits, tokens
 
     def _places(self, slots: Tensor) -> Places | None:
         """For a model whose rotation stores keys and values, where; None if `attend` is to store them."""
@@ -185,8 +191,9 @@ class Runner:
         return lambda layer: self.backend.place(layer, slots)
 
     def _sample(
-        self, step: Step, logits: Tensor, seats: Tensor, seeds: dict[str, int], launched_s: float
-    ) -> PendingTokens:
+        self, step: Step, logits: Tensor, likeliest: Tensor | None, seats: np.ndarray, seeds: dict[str, int]
+    ) -> Tensor:
+        """Tokens (S,) on the device. likeliest: those of greedy decoding, already put into their seats, if known."""
         seqs = [chunk.seq for chunk in step.chunks if chunk.sample]
         params = sampling_batch(
             [seq.request.sampling for seq in seqs],
@@ -194,8 +201,13 @@ class Runner:
             [seq.num_sampled for seq in seqs],
             self.device,
         )
+        if params is None and likeliest is not None:
+            return likeliest
         tokens = sample(logits, params)
-        self.last_tokens[seats] = tokens
+        self.last_tokens[upload([seats], self.device)[0]] = tokens
+        return tokens
+
+    def _pending(self, step: Step, tokens: Tensor, launched_s: float) -> PendingTokens:
         if self.device.type != "cuda":
             return PendingTokens(step, tokens, None, launched_s, self._spans(step))
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)

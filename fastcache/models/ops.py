@@ -1,6 +1,6 @@
 """The element-wise operations of a decoder layer: the plain torch reference, and who provides faster ones.
 
-`Ops` is the seam: model files call these four names, `select_ops` says who answers on a device.
+`Ops` is the seam: model files and the runner call these names, `select_ops` says who answers on a device.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Ops:
     def project_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """residual + x W^T (+ b): x (T, k), weight (n, k), residual (T, n). May reuse the residual's memory."""
         return residual + F.linear(x, weight, bias)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """(S, V) -> (S,) int64: the likeliest token of each row, the first of equals."""
+        return logits.argmax(dim=-1)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """(T, 2n) -> (T, n): silu(first half) * second half."""

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcache.kvcache.pool import KVPlace
+from fastcache.models.argmax_triton import argmax
 from fastcache.models.ops import Ops
 
 HEADS_PER_PROGRAM = 8
@@ -132,6 +133,9 @@ class TritonOps(Ops):
         """The product's kernel adds what is there already, so the sum costs no pass over memory, and rounds once."""
         total = residual.addmm_(x, weight.t())
         return total if bias is None else total.add_(bias)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return argmax(logits)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2

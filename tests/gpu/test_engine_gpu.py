@@ -50,6 +50,17 @@ def test_products_added_to_the_residual_match_the_reference(rows, size, bias):
     assert relative_error(TritonOps().project_add(*args, r.clone()), want) < 5e-3
 
 
+@pytest.mark.parametrize("rows,size", [(1, 256), (64, 151936), (3, 49152), (7, 32001)])
+def test_argmax_is_the_first_of_the_largest(rows, size):
+    from fastcache.models.ops_triton import TritonOps
+
+    logits = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+    logits[0, [5, size // 2, size - 1]] = 9.0
+    assert TritonOps().argmax(logits)[0] == 5
+    want = logits.float().cpu().numpy().argmax(-1)  # numpy promises the first
+    assert TritonOps().argmax(logits).tolist() == want.tolist()
+
+
 @pytest.mark.parametrize("rows,size", [(1, 256), (9, 12288), (130, 1536)])
 def test_silu_mul_matches_the_reference(rows, size):
     from fastcache.models.ops import Ops

@@ -77,13 +77,13 @@ def test_compression_after_prefill_races_with_nothing(folder, partition):
     rng, method = random.Random(2), METHODS[1]
     inline = engine(folder, method)
     steps = 0
-    for _ in range(8):
+    for _ in range(16):
         options = {} if partition is None else {"partition": partition}
         llm = engine(folder, method, policy="p2c2d8", num_pages=150, **options)
         deferred, copy = llm._runner.deferred, llm._runner.deferred.copy
 
         def late(work, seen, copy=copy):
-            torch.cuda._sleep(rng.randint(0, 30_000_000))  # cycles: up to some 20 ms
+            torch.cuda._sleep(rng.randint(0, 15_000_000))  # cycles: up to some 10 ms
             copy(work, seen)
 
         deferred.copy = late

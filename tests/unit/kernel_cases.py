@@ -22,6 +22,7 @@ from fastcache.compression.registry import create
 from fastcache.compression.repack import repack_packed
 from fastcache.config import CompressionConfig
 from fastcache.kvcache.pool import KVPool, KVShape
+from fastcache.models.argmax_triton import argmax
 from fastcache.models.config import RopeConfig
 from fastcache.models.rope import rotary_table
 
@@ -118,8 +119,15 @@ def repack():
             assert torch.equal(*entries)
 
 
+def first_of_the_largest():
+    for rows, size in ((2, 5), (3, 2049), (2, 70_000)):
+        logits = torch.randint(-50, 50, (rows, size)).float()  # many are equal
+        assert argmax(logits).tolist() == logits.numpy().argmax(-1).tolist()
+    assert argmax(torch.full((1, 9), -torch.inf)).tolist() == [0]
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     expected_attention_triton.PROGRAMS = observe_triton.PROGRAMS = 40  # two or three to a head
-    for case in (select, window, keydiff, expected, observe_all, repack):
+    for case in (select, window, keydiff, expected, observe_all, repack, first_of_the_largest):
         case()

@@ -1,4 +1,4 @@
-"""The Triton kernels of compression on a CPU, under Triton's interpreter: same sets and numbers as the reference.
+"""The Triton kernels on a CPU, under Triton's interpreter: same sets and numbers as the reference.
 
 The interpreter must be chosen before Triton is imported, so the cases run in a process of their own. How fast the
 kernels are, and 16-bit arithmetic, is for tests/gpu.

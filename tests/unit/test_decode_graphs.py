@@ -34,7 +34,7 @@ def captured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: Stream("default"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: next(made))
-    graphs.append(DecodeGraphs(lambda *_: torch.zeros(1), None, torch.zeros(5), 4))
+    graphs.append(DecodeGraphs(lambda *_: (torch.zeros(1), torch.zeros(1)), None, torch.zeros(5), 4))
 
     def capture(home: str | None, current: str, size: int) -> list[str | None]:
         graphs[0].home = home and Stream(home)

@@ -1,4 +1,4 @@
-"""The engine in a thread of its own on a GPU: graphs are captured there, and answers are those of the main thread."""
+"""The engine in a thread of its own on a GPU: graphs are captured there, and answers are what a CPU would say."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def test_requests_at_once_are_answered_and_nothing_leaks(model):
     with serving(model, ENGINE) as server:
 
         def ask(number: int) -> None:
-            body = {"prompt": prompts[number], "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+            body = {"prompt": prompts[number], "max_tokens": 24, "temperature": 0}
+            body |= {"ignore_eos": True, "return_token_ids": True}
             answers[number] = server.post(**body).json()["choices"][0]["token_ids"]
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
@@ -47,8 +48,21 @@ def test_requests_at_once_are_answered_and_nothing_leaks(model):
             thread.join()
         server.idle()
         server.llm.check_books()
-    llm = LLM(model, **ENGINE)
-    alone = [llm.generate([prompt], SamplingParams(max_tokens=24))[0].token_ids for prompt in prompts]
+    gaps = [gap for i, answer in answers.items() for gap in behind(model, prompts[i], answer)]
+    assert len(gaps) == 24 * len(prompts)
+    # A random token is behind by 3. In bfloat16 a near tie may go the other way, among tokens and among kept entries.
+    assert sum(gap < 0.25 for gap in gaps) > 0.9 * len(gaps)
+
+
+def behind(model, prompt: list[int], answer: list[int]) -> list[float]:
+    """Per token, how far its log-probability is behind the best one's, as the CPU computes it in float32 from the same
+    prompt, compressed alike, and the answer so far."""
+    llm = LLM(model, **ENGINE | {"device": "cpu", "dtype": "float32"})
+    one = SamplingParams(max_tokens=1)
+    llm.add_request(prompt + answer[:-1], one, context_len=len(prompt), logprobs_from=len(prompt) - 1)
+    done = []
+    while llm.has_unfinished():
+        done += llm.step()
+    logprobs = done[0].logprobs
     llm.close()
-    # bfloat16 sums differ with the batch, so a near tie may go the other way; in a quarter of them, at most.
-    assert sum(answers[i] == alone[i] for i in range(len(prompts))) >= len(prompts) - 3
+    return (logprobs.amax(-1) - logprobs[range(len(answer)), answer]).tolist()

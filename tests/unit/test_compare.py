@@ -110,9 +110,14 @@ def test_a_file_without_rows_or_without_common_cells_is_a_mistake(tmp_path, caps
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("results/published/*/rows.jsonl")), ids=lambda p: p.parent.name
-)
+PUBLISHED = sorted(
+    path
+    for path in ROOT.glob("results/published/*/rows.jsonl")
+    if '"row_id"' not in path.read_text().split("\n")[0]
+)  # rows of cells, not of request rates
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.parent.name)
 def test_published_rows_compare_with_themselves(path: Path):
     rows = load(path)
     found = compare(rows, rows, 0.0)

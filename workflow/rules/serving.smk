@@ -82,7 +82,11 @@ rule render_serving:
         status="{results}/serving-status.json",
         figures=SERVING_FIGURES,
         script=script("render_serving.py"),
-        findings=[script("serving_findings.py"), script("render_report.py")],
+        findings=[
+            script("serving_findings.py"),
+            script("serving_reasons.py"),
+            script("render_report.py"),
+        ],
         templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],
     output:
         report(

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastcache.cli_types import names, number, positive_int
 from fastcache.compression.registry import create
-from fastcache.config import DEVICES, LOAD_FORMATS, CompressionConfig, SamplingParams, ratio_of_factor
+from fastcache.config import (
+    DEVICES,
+    LOAD_FORMATS,
+    CompressionConfig,
+    SamplingParams,
+    ratio_of_factor,
+    require,
+)
 
 LINE = "{:24}{:>10}{:>10}{:>13}{:>9}{:>12}{:>13}\n"
 HEADER = ("method", "bound ms", "step ms", "us per layer", "share", "ns per token", "extra MiB")
@@ -27,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a local Hugging Face folder, or a preset for dummy weights"
     )
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="comma-separated")
+    parser.add_argument(
+        "--compressor-path",
+        metavar="FILE",
+        help="checkpoint of the method 'mlp', or 'dummy' with dummy weights",
+    )
     parser.add_argument("--batch", type=positive_int, default=32, help="contexts that are prefilled")
     parser.add_argument("--context", type=positive_int, default=3968, help="tokens of each")
     parser.add_argument("--factor", type=number, default=5.0, help="5 keeps a fifth")
@@ -53,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(LINE.format(*HEADER))
     costs, rows = {}, {}
-    for method in methods:
+    for method in _fitted(methods, shape, args.load_format, device):
         measured = cost.measure(method, shape, device, ceilings)
         costs[method.name], rows[method.name] = measured.cost, _row(measured, prefill_s)
         sys.stdout.write(_line(method.name, measured, prefill_s, shape.num_layers))
@@ -64,11 +77,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> list[Any]:
+    from fastcache.compression.base import EvictionMethod
+
     ratio = ratio_of_factor(args.factor)
-    methods = [create(CompressionConfig(method=name)) for name in names("--methods", args.methods)]
+    chosen = names("--methods", args.methods)
+    require(
+        args.compressor_path is None or "mlp" in chosen,
+        "--compressor-path is the checkpoint of the method 'mlp'; add it to --methods, or leave it out.",
+    )
+    given = {"mlp": {"checkpoint": args.compressor_path}}
+    methods = [create(CompressionConfig(name, ratio, given.get(name, {}))) for name in chosen]
     for method in methods:
-        method.check(args.context, ratio)
+        if isinstance(method, EvictionMethod):
+            method.check(args.context, ratio)
     return methods
+
+
+def _fitted(methods: list[Any], shape: Any, load_format: str, device: Any) -> Iterator[Any]:
+    """The methods, each transform with its weights on the device."""
+    from fastcache.compression.transform import ModelFit, TransformMethod
+
+    for method in methods:
+        if not isinstance(method, TransformMethod):
+            yield method
+            continue
+        table, dummy = shape.rotation(device).cos_sin, load_format == "dummy"
+        fit = (shape.num_layers, shape.head_dim, shape.dtype, device, table, shape.ratio)
+        yield method.bind(ModelFit(*fit, dummy_weights=dummy))
 
 
 def _prefill(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -81,9 +116,10 @@ def _prefill(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     llm = LLM(args.model, load_format=args.load_format, device=args.device, max_model_len=args.context + 1)
     generator = torch.Generator().manual_seed(0)
     size, model = (args.batch, args.context), llm.model_config
+    image = model.vision.image_token_id if model.vision is not None else model.vocab_size
     for _ in range(2):  # the first compiles
         llm.reset_stats()
-        prompts = torch.randint(0, model.vocab_size, size, generator=generator).tolist()
+        prompts = torch.randint(0, min(image, model.vocab_size), size, generator=generator).tolist()
         llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
     stats, engine = llm.stats(), llm.describe()
     facts = {

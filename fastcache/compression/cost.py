@@ -21,11 +21,13 @@ import torch
 
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.cost_inputs import StepInputs, StepShape
+from fastcache.compression.transform import BoundTransform
 from fastcache.config import require
 from fastcache.device.ceilings import Ceilings
 from fastcache.device.streams import capture
 from fastcache.errors import ConfigError
 
+Method = EvictionMethod | BoundTransform
 REPEATS = 7
 # What a prefill shows of itself, and which of it takes all of the step's queries.
 READS_QUERIES = frozenset({"attention_mass", "query_stats"})
@@ -57,14 +59,17 @@ class Measurement:
     limit_seconds: float
 
 
-def measure(
-    method: EvictionMethod, shape: StepShape, device: torch.device, ceilings: Ceilings
-) -> Measurement:
+def measure(method: Method, shape: StepShape, device: torch.device, ceilings: Ceilings) -> Measurement:
     """Time steps of `shape` and of its first sequence alone.
 
     Errors: `ConfigError` for a context too short for the method, or one that does more than watch a prefill.
     """
-    method.check(shape.context, shape.ratio)
+    if isinstance(method, EvictionMethod):
+        method.check(shape.context, shape.ratio)
+    require(
+        shape.kept(method) > 0,
+        f"a context of {shape.context} is too short for {method.name!r}; give a longer one.",
+    )
     beyond = method.needs - WATCHED
     require(
         not beyond,
@@ -87,14 +92,19 @@ def _line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, floa
     return slope, max(0.0, many_s - slope * many)
 
 
-def limit_seconds(method: EvictionMethod, shape: StepShape, ceilings: Ceilings) -> float:
-    """No step of `method` is faster: it reads what it needs, reads and writes what it keeps, and multiplies."""
+def limit_seconds(method: Method, shape: StepShape, ceilings: Ceilings) -> float:
+    """No step of `method` is faster: it reads what it needs, reads and writes what it keeps, and multiplies; a
+    transform reads all and writes what it makes."""
     entry = shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+    if isinstance(method, BoundTransform):
+        moved = 2 * entry * (shape.num_tokens + shape.sequences * shape.kept(method))
+        flops = shape.sequences * method.flops(shape.context, shape.kv_heads)
+        return shape.num_layers * max(moved / ceilings.copy_bytes_s, flops / ceilings.gemm_flop_s)
     query = shape.heads * shape.head_dim * shape.dtype.itemsize
     reads = entry * len(method.needs & {"keys", "values"}) + query * bool(method.needs & READS_QUERIES)
     if "attention_mass" in method.needs:
         reads += entry  # a mass is made of keys, whether or not the method sees them too
-    copies = 4 * entry * shape.sequences * shape.kept  # keys and values, read and written
+    copies = 4 * entry * shape.sequences * shape.kept(method)  # keys and values, read and written
     products = shape.heads * shape.head_dim * shape.num_tokens
     flops = 0.0
     if "attention_mass" in method.needs:
@@ -108,7 +118,7 @@ def limit_seconds(method: EvictionMethod, shape: StepShape, ceilings: Ceilings) 
 
 
 @torch.inference_mode()
-def _step(method: EvictionMethod, shape: StepShape, device: torch.device) -> tuple[float, int | None]:
+def _step(method: Method, shape: StepShape, device: torch.device) -> tuple[float, int | None]:
     inputs = StepInputs(method, shape, device)
 
     def run() -> None:

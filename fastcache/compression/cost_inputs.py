@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod, budget
 from fastcache.compression.layer import LayerCompressor
+from fastcache.compression.layer_transform import LayerTransformer
+from fastcache.compression.transform import BoundTransform
 from fastcache.compression.work import Computed, Packed, Rotation, Work
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.kvcache.slots import pages_for
@@ -40,38 +42,47 @@ class StepShape:
     def num_tokens(self) -> int:
         return self.sequences * self.context
 
-    @property
-    def kept(self) -> int:
+    def kept(self, method: EvictionMethod | BoundTransform) -> int:
+        """Entries per KV head that `method` leaves of each context."""
+        if isinstance(method, BoundTransform):
+            return method.kept(self.context)
         return budget(self.context, self.ratio)
+
+    def rotation(self, device: torch.device) -> Rotation:
+        half = self.head_dim // 2
+        inv_freq = THETA ** -(torch.arange(half, device=device) / half)
+        angles = torch.arange(self.context, device=device)[:, None] * inv_freq
+        return Rotation(torch.stack((angles.cos(), angles.sin()), dim=1), inv_freq)
 
 
 class StepInputs:
     """`layer(i)` compresses layer i of the step, as the engine does behind that layer's attention."""
 
-    def __init__(self, method: EvictionMethod, shape: StepShape, device: torch.device) -> None:
-        self._pages = pages_for(shape.kept, shape.page_size)
+    def __init__(
+        self, method: EvictionMethod | BoundTransform, shape: StepShape, device: torch.device
+    ) -> None:
+        self._kept = shape.kept(method)
+        self._pages = pages_for(self._kept, shape.page_size)
         kv = KVShape(shape.num_layers, shape.kv_heads, shape.head_dim, shape.dtype)
         pool = KVPool(kv, shape.sequences * self._pages + 1, shape.page_size, device)
         self._method, self._shape, self._device = method, shape, device
-        self._layers = LayerCompressor(method, pool, shape.num_layers, self._rotation())
+        if isinstance(method, BoundTransform):
+            self._layers = LayerTransformer(method, pool, shape.num_layers)
+        else:
+            self._layers = LayerCompressor(method, pool, shape.num_layers, shape.rotation(device))
         starts = np.arange(shape.sequences) * shape.context
         lengths = np.full(shape.sequences, shape.context)
         self._where = Packed.of(starts, lengths, device)
         self._work = self._make_work(starts, lengths)
         self._step = self._computed()
 
-    def _rotation(self) -> Rotation:
-        half = self._shape.head_dim // 2
-        inv_freq = THETA ** -(torch.arange(half, device=self._device) / half)
-        angles = torch.arange(self._shape.context, device=self._device)[:, None] * inv_freq
-        return Rotation(torch.stack((angles.cos(), angles.sin()), dim=1), inv_freq)
-
     def _make_work(self, starts: np.ndarray, lengths: np.ndarray) -> Work:
         n = self._shape.sequences
         fresh = 1 + np.arange(n * self._pages, dtype=np.int32).reshape(n, self._pages)
         window = (starts + lengths)[:, None] + np.arange(-self._method.window, 0)
-        kept = [self._shape.kept] * n
-        return Work.of(np.zeros((n, 1), np.int32), fresh, lengths, kept, window, self._device, [None] * n)
+        kept = [self._kept] * n
+        work = Work.of(np.zeros((n, 1), np.int32), fresh, lengths, kept, window, self._device, [None] * n)
+        return self._layers.planned(work, lengths, [()] * n)
 
     def _computed(self) -> Computed:
         s = self._shape

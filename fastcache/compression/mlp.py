@@ -112,6 +112,12 @@ class BoundMLP(BoundTransform):
     def transform(self, kv: LayerKV, plan: MergePlan) -> tuple[Tensor, Tensor]:
         return merge_layer(kv.keys, kv.values, plan, self._nets[kv.layer], self.layout, self._fit.cos_sin)
 
+    def flops(self, num_tokens: int, heads: int) -> float:
+        factor, kept = self.layout.factor, self.kept(num_tokens)
+        groups = (num_tokens - kept) // (factor - 1) if kept else 0
+        weights = sum(part.numel() for kind in ("tk", "tv") for part in self._nets[0][kind][::2])
+        return 2.0 * weights * heads * groups
+
     def transform_into(
         self, kv: LayerKV, plan: MergePlan, pages: tuple[Tensor, Tensor], fresh: Tensor
     ) -> bool:

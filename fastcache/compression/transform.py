@@ -59,6 +59,10 @@ class BoundTransform(ABC):
     def transform(self, kv: LayerKV, plan: Plan) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hk, K, d), left-aligned, K the largest `kept`; any content behind a sequence's own."""
 
+    @abstractmethod
+    def flops(self, num_tokens: int, heads: int) -> float:
+        """Of one layer's `transform` of a text context, all its KV heads; a multiply-add is two."""
+
     def transform_into(self, kv: LayerKV, plan: Plan, pages: tuple[Tensor, Tensor], fresh: Tensor) -> bool:
         """`transform`, stored at once; False where this device and dtype have no such way, and nothing is done.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,24 @@ import torch
 from fastcache.cli import main
 from fastcache.compression.cost import MethodCost, limit_seconds, load_costs, measure, save_costs
 from fastcache.compression.cost_inputs import StepShape
+from fastcache.compression.mlp import MLP
 from fastcache.compression.registry import create
+from fastcache.compression.transform import ModelFit
 from fastcache.config import CompressionConfig
 from fastcache.device.ceilings import Ceilings
 from fastcache.errors import ConfigError
 
 SHAPE = StepShape(2, 4, 2, 16, torch.float32, context=100, sequences=3, ratio=0.25, page_size=4)
 CEILINGS = Ceilings(copy_bytes_s=1e9, gemm_flop_s=1e30, dtype="float32")
+
+
+SHAPE_OF_4 = replace(SHAPE, ratio=0.75)
+
+
+def fit(shape):
+    device = torch.device("cpu")
+    table = shape.rotation(device).cos_sin
+    return ModelFit(shape.num_layers, shape.head_dim, shape.dtype, device, table, 0.75, dummy_weights=True)
 
 
 def method(name):
@@ -47,6 +59,18 @@ def test_a_measurement_explains_the_step_it_was_made_of(name):
     assert found.cost.extra_bytes is None  # the CPU does not count it
 
 
+def test_a_transform_reads_all_writes_what_it_makes_and_multiplies(tmp_path):
+    merging = MLP(checkpoint="dummy").bind(fit(SHAPE))
+    entry, kept = 2 * 16 * 4, 3 * 25
+    moved = 2 * entry * (300 + kept)
+    assert limit_seconds(merging, SHAPE_OF_4, CEILINGS) == pytest.approx(2 * moved / 1e9)
+    slow = Ceilings(copy_bytes_s=1e30, gemm_flop_s=1e9, dtype="float32")
+    products = 2 * 3 * 25 * 2 * (64 * 128 + 128 * 128 + 128 * 16)  # keys and values, groups, heads
+    assert limit_seconds(merging, SHAPE_OF_4, slow) == pytest.approx(2 * products * 2 / 1e9)
+    found = measure(merging, SHAPE_OF_4, torch.device("cpu"), CEILINGS)
+    assert found.cost.seconds(SHAPE.num_tokens) == pytest.approx(found.step_seconds)
+
+
 def test_a_method_that_does_more_than_watch_a_prefill_is_refused():
     with pytest.raises(ConfigError, match=r"kvzip.*replay_scores.*more than one prefill shows"):
         measure(method("kvzip"), SHAPE, torch.device("cpu"), CEILINGS)
@@ -65,6 +89,21 @@ def test_a_file_that_holds_no_costs_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"holds no costs of methods .*fastcache cost --output"):
         load_costs(path)
+
+
+def test_the_command_measures_dummy_networks(tmp_path, capsys):
+    from tiny_llava import write_tiny_llava
+
+    folder, path = write_tiny_llava(tmp_path / "llava", head_dim=16), tmp_path / "costs.json"
+    arguments = (
+        f"cost --model {folder} --methods mlp,knorm --batch 2 --context 60 --factor 4 --output {path} --device cpu"
+    ).split()
+    assert main([*arguments, "--load-format", "dummy"]) == 2 and "checkpoint" in capsys.readouterr().err
+    arguments += ["--compressor-path", "dummy"]
+    assert main(arguments) == 2 and "load_format 'dummy'" in capsys.readouterr().err
+    assert main([*arguments, "--load-format", "dummy"]) == 0
+    assert json.loads(path.read_text())["measured"]["mlp"]["share_of_prefill"] > 0
+    assert main([*arguments[:4], "knorm", *arguments[5:]]) == 2
 
 
 def test_the_command_prints_and_stores_what_it_measured(tiny_model, tmp_path, capsys):

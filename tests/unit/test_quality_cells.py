@@ -48,6 +48,13 @@ def test_guard_rows_come_by_themselves_and_first():
     assert all(QualityCell.from_dict(cell.to_dict()) == cell for cell in cells)
 
 
+def test_a_method_may_have_ratios_of_its_own_and_a_checkpoint_is_called_by_its_name():
+    trained = {"name": "mlp", "params": {"checkpoint": "some/where/smollm2-f5.safetensors"}, "ratios": [0.8]}
+    cells = [cell for cell in expand_quality(changed(methods=["knorm", trained])) if not cell.guard]
+    found = [(cell.label, cell.compression_ratio) for cell in cells]
+    assert found == [("knorm", 0.5), ("knorm", 0.8), ("mlp smollm2-f5", 0.8)]
+
+
 def test_a_method_named_twice_is_one_cell_and_no_section_is_no_cell():
     assert len(expand_quality(changed(methods=["random", "knorm", "knorm"], ratios=[0.5]))) == 5
     assert expand_quality({"models": {}}) == []
@@ -64,6 +71,7 @@ def test_a_method_named_twice_is_one_cell_and_no_section_is_no_cell():
         ({"tasks": [{"name": "needle"}, {"name": "needle"}]}, ConfigError, "twice"),
         ({"tasks": [{"name": "needle", "output": 3}]}, ConfigError, "takes no `output`"),
         ({"ratios": [1.0]}, ConfigError, "between 0 and 1"),
+        ({"methods": [{"name": "knorm", "ratios": [0.9]}]}, ConfigError, "those of quality.ratios"),
         ({"models": ["b"]}, ConfigError, "no `path`"),
         ({"models": ["c"]}, UnknownName, "Allowed: a, b"),
     ],

@@ -2,6 +2,8 @@
 
 
 rule training_text:
+    input:
+        "envs/text.txt",
     output:
         train=multiext("resources/text/", "wikipedia.txt", "docstrings.txt"),
         heldout="resources/text/heldout.txt",
@@ -16,13 +18,16 @@ rule training_text:
     params:
         folder=subpath(output.heldout, parent=True),
         wheels="resources/wheels",
-        gensim="4.4.0",
+        # Only its data matter, so that one wheel serves every platform and Python.
+        wheel="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+        platform="--implementation cp --python-version 3.11 --abi cp311 --platform manylinux_2_24_x86_64",
     message:
         "Getting text to train on: a slice of Wikipedia from gensim's wheel (28 MB, once), docstrings of torch and numpy"
     shell:
-        "(python -m pip download --quiet --no-deps --dest {params.wheels} gensim=={params.gensim}"
+        "(python -m pip download --quiet --no-deps --only-binary :all: {params.platform} --dest {params.wheels}"
+        " --require-hashes -r {input}"
         " && python -m fastcache.training.text --output {params.folder} --packages numpy torch"
-        " --wikipedia {params.wheels}/gensim-{params.gensim}-*.whl) 2>&1 | tee {log}"
+        " --wikipedia {params.wheels}/{params.wheel}) 2>&1 | tee {log}"
 
 
 # A run that was cut leaves OUTPUT.state beside its output, and the next one goes on from there.

@@ -2,7 +2,7 @@
 
     quality:
       models:    [aliases of `models`; default, all that have a folder]
-      methods:   [names, or {name, params, head_budgets, kv_dtype, query_aware}]
+      methods:   [names, or {name, params, head_budgets, kv_dtype, query_aware, ratios}]
       ratios:    [shares of the KV entries that are removed]
       tasks:     [{name, context, output, samples}]
       text:      a UTF-8 file, default the prose that ships with Python
@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from fastcache.bench import models
@@ -30,7 +31,7 @@ GUARDS = (FULL, NO_CONTEXT, RANDOM)
 TASKS = ("continuation", "greedy", "needles4", "needle", "kv_lookup")
 RETRIEVAL = TASKS[2:]
 QUALITY_KEYS = ("models", "methods", "ratios", "tasks", "text", "seed", "timeout_s")
-METHOD_KEYS = ("name", "params", "head_budgets", "kv_dtype", "query_aware")
+METHOD_KEYS = ("name", "params", "head_budgets", "kv_dtype", "query_aware", "ratios")
 DEFAULT_RATIOS = (0.2, 0.5, 0.8)
 
 
@@ -119,7 +120,8 @@ class QualityCell(StrictConfig):
     def label(self) -> str:
         """The method with what was done to it beside the ratio, as a reader says it."""
         parts = [self.method.replace("_", " ") if self.method == NO_CONTEXT else self.method]
-        parts += [f"{name}={value}" for name, value in sorted(self.method_params.items())]
+        for name, value in sorted(self.method_params.items()):
+            parts.append(PurePath(str(value)).stem if name == "checkpoint" else f"{name}={value}")
         if self.head_budgets:
             shared = self.head_budgets in ("adakv", "global")
             parts.append(f"{self.head_budgets if shared else 'head'} budgets")
@@ -182,12 +184,21 @@ def _points(section: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"method": FULL}
     yield {"method": FULL, "kv_dtype": "fp8"}
     yield {"method": NO_CONTEXT}
-    for ratio in section.get("ratios") or DEFAULT_RATIOS:
+    ratios = section.get("ratios") or DEFAULT_RATIOS
+    for ratio in ratios:
         yield {"method": RANDOM, "compression_ratio": ratio}
         for method in section.get("methods") or ():
             entry = {"name": method} if isinstance(method, str) else dict(method)
             check_keys("key of quality.methods", entry, METHOD_KEYS)
             require("name" in entry, "each of quality.methods is a name or a mapping with a `name`.")
+            own = entry.pop("ratios", None) or ratios
+            require(
+                set(own) <= set(ratios),
+                f"ratios of quality method {entry['name']!r} are {own}; allowed are those of quality.ratios, "
+                f"{list(ratios)}.",
+            )
+            if ratio not in own:
+                continue
             point = {"method": entry.pop("name"), "compression_ratio": ratio}
             point["method_params"] = dict(entry.pop("params", None) or {})
             yield point | entry

@@ -191,7 +191,9 @@ class EngineConfig(StrictConfig):
     `policy` says which of prefill, compression and decode runs next (engine/stages.py); `tuning` which decisions
     are taken from measurement (engine/policy.py). `immediate_release` frees a compressed sequence's old pages at
     once; without it they stay until the request ends. `max_waiting` bounds the queue of requests: one more is
-    refused.
+    refused. `costs` names a file of `fastcache cost`, from this device and model, which tuning starts from.
+    `tpot_bound_s`: with tuning "all", seconds between two tokens of a request that no prefill should exceed;
+    None: only throughput counts.
     """
 
     model: str
@@ -211,6 +213,8 @@ class EngineConfig(StrictConfig):
     seed: int = 0
     policy: str = "default"
     tuning: str = "off"
+    costs: str | None = None
+    tpot_bound_s: float | None = None
     immediate_release: bool = True
     max_waiting: int | None = None
     compression: CompressionConfig | None = None
@@ -237,4 +241,21 @@ class EngineConfig(StrictConfig):
             f"tuning 'all' balances prefill and decode itself, so it takes no policy {self.policy!r}; "
             "leave policy at 'default', or use tuning 'compression'.",
         )
+        self._check_tuning()
         open_interval("gpu_memory_utilization", self.gpu_memory_utilization)
+
+    def _check_tuning(self) -> None:
+        bound = self.tpot_bound_s
+        number = isinstance(bound, int | float) and not isinstance(bound, bool) and 0 < bound < float("inf")
+        require(
+            bound is None or number,
+            f"tpot_bound_s is {bound!r}; allowed is a positive number of seconds, or None.",
+        )
+        require(
+            bound is None or self.tuning == "all",
+            f"tpot_bound_s is kept by tuning 'all', and tuning is {self.tuning!r}; set that, or leave the bound out.",
+        )
+        require(
+            self.costs is None or (self.tuning != "off" and self.compression is not None),
+            "costs are what tuning starts from; give `compression` and set tuning, or leave costs out.",
+        )

@@ -182,9 +182,14 @@ def save_costs(path: Path, costs: Mapping[str, MethodCost], facts: Mapping[str, 
 
 def load_costs(path: Path) -> dict[str, MethodCost]:
     """By method, as `save_costs` wrote them. Errors: `ConfigError` for a file that is none of those."""
+    return load_file(path)[0]
+
+
+def load_file(path: Path) -> tuple[dict[str, MethodCost], dict[str, Any]]:
+    """Costs by method, and what else the file says of their measurement. Errors: `ConfigError` as `load_costs`."""
     try:
-        costs = json.loads(path.read_text(encoding="utf-8"))["costs"]
-        return {name: MethodCost(**cost) for name, cost in costs.items()}
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return {name: MethodCost(**cost) for name, cost in facts.pop("costs").items()}, facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{str(path)!r} holds no costs of methods ({error}); `fastcache cost --output FILE` writes one."

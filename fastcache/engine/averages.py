@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 DECAY = 0.98  # about the last fifty observations count
 # An estimate from observations that hardly differ is no better than what was believed before: the prior weighs as
 # much as a spread of this share of the mean.
 RESOLUTION = 0.05
+LAST = 9  # observations that a median is of
 
 
 class Ratio:
@@ -51,3 +55,20 @@ class Plane:
         if p < 0 and self._vv > 0:
             p, q = 0.0, max(self._vy / self._vv, self._least)
         return max(p, 0.0), q
+
+
+class Middle:
+    """The median of y over x among the last observations: one that a compilation or a busy host spoilt does not
+    count, which matters where few are made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last: deque[float] = deque(maxlen=LAST)
+
+    def add(self, x: float, y: float) -> None:
+        self.count += 1
+        self._last.append(y / x)
+
+    @property
+    def value(self) -> float | None:
+        return statistics.median(self._last) if self._last else None

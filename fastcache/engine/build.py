@@ -139,7 +139,7 @@ def build(config: EngineConfig) -> Parts:
         backend = with_layouts(backend, layouts, padded_size(config.max_num_seqs), max_pages)
     limits = Limits(tokens_per_step, config.max_num_seqs, config.page_size)
     places = compression_places(config, split, method, device)
-    tuner = make_tuner(config, limits, pool, places)
+    tuner = make_tuner(config, limits, pool, places, method)
     scheduler = Scheduler(
         limits,
         allocator,

@@ -38,12 +38,12 @@ class Jobs:
                 started_s = time.perf_counter()
                 launched.wait()
                 if tuner is not None:
-                    tuner.waited(time.perf_counter() - started_s)
+                    tuner.observed.waited(time.perf_counter() - started_s)
             if launched.done():
                 self._under_way.remove(launched)
                 self._scheduler.stage.finished(launched.job, self._scheduler.stats, time.perf_counter())
                 if tuner is not None:
-                    tuner.job_done(launched.tokens)
+                    tuner.observed.job_done(launched.tokens)
 
     def account(self, pending: PendingTokens, elapsed_s: float) -> None:
         """Count the time of a step whose tokens have arrived, without that of jobs ahead of it in its stream."""

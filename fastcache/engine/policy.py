@@ -13,20 +13,22 @@ from dataclasses import dataclass, field
 # Where a context is compressed: behind each layer's prefill on the main stream, beside it on the compression stream, or
 # after it, beside decode steps. `beside` and `after` carry the SMs of their partition: "beside:16".
 INLINE, BESIDE, AFTER = "inline", "beside", "after"
-# A mixed step may cost this share of its prefill without gaining anything back: the price of not making decoding
-# sequences wait for a whole prompt.
-LATENCY_SHARE = 0.01
-# Places whose costs differ by less than this share of the prefill itself cannot be told apart.
-PLACE_MARGIN = 0.003
-# Requests come in a trickle, not in a burst, while at most one waits for so many that decode.
-TRICKLE = 4
+# Places whose costs differ by less than this share of the prefill itself cannot be told apart: so much does the time
+# of equal steps vary with the device's clock.
+PLACE_MARGIN = 0.01
+# A mixed step must gain more than this share of the decode step it replaces, for the same reason.
+MIX_MARGIN = 0.2
+PROBE = 1  # the budget, by number, that tells whether mixed steps can pay at all
+# Prefill tokens of a mixed step that is made to last a given time are a multiple of this.
+CHUNK_STEP = 64
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured on this device in this run. `exposed`: seconds per context token that compression adds to the main
-    stream, by place. `mixed_s`: seconds of a mixed step beyond its prefill tokens and its KV bytes, by its prefill
-    budget; `decode_fixed_s` is the same of a decode step."""
+    """Measured on this device. `exposed`: seconds per context token that compression adds to the main stream, by place.
+    `mixed_s`: seconds of a mixed step beyond its tokens and its KV bytes, by its prefill budget; `decode_fixed_s`:
+    of a decode step beyond its KV bytes. A row that decodes costs a token's product in a mixed step, and nothing
+    in a decode step, which waits for the weights."""
 
     decode_fixed_s: float | None = None
     decode_s_per_byte: float | None = None
@@ -38,13 +40,15 @@ class Costs:
 @dataclass(frozen=True)
 class Limits:
     """What the device and the configuration allow. `places`: where compression may run, the fixed choice first;
-    a place with a partition is one that was granted. `chunks`: prefill budgets a mixed step may have, ascending."""
+    a place with a partition is one that was granted. `chunks`: prefill budgets a mixed step may have, ascending.
+    `tpot_s`: seconds that a sequence may wait between two tokens; None if only throughput counts."""
 
     max_seqs: int
     pool_bytes: int
     bytes_per_token: int
     places: tuple[str, ...] = (INLINE,)
     chunks: tuple[int, ...] = ()
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,35 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """What a mixed step would be made of. `pending` requests wait or are in prefill, `decoding` sequences would ride
+    along, and their step reads `kv_bytes`; `at_once` run together once everybody has come in who may. `blocked`: some
+    must wait for a running one to end."""
+
+    pending: int
+    decoding: int
+    at_once: int
+    blocked: bool
+    kv_bytes: float
+
+
+@dataclass(frozen=True)
 class Balance:
-    """How the next prefill shares the GPU with decoding sequences: together in steps of `chunk` tokens, or not."""
+    """How the next prefill shares the GPU with decoding sequences: together in steps of `chunk` tokens, or not.
+    `predicted`: by prefill budget, seconds that a mixed step saves, or, where TPOT is bounded, lasts."""
 
     together: bool
     chunk: int | None
     reason: str
+    predicted: Mapping[int, float] = field(default_factory=dict)
 
 
 NOT_MEASURED = "not measured yet: the fixed choice"
 PAYS, TOO_DEAR = "compression pays", "compression costs more than these outputs give back"
-GAIN, CALM, BURST = "mixed steps save decode steps", "mixed steps for latency", "a burst: prefill first"
-NO_GAIN = "a mixed step costs more than the decode step it saves"
+GAIN, NO_GAIN = "mixed steps save decode steps", "a mixed step costs more than the decode step it saves"
+PROMPTS_FIRST = "no request waits for decode steps: prompts first"
+WITHIN = "the largest mixed step within the bound on TPOT"
+TIGHT = "no mixed step is within the bound on TPOT: the smallest"
 
 
 def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
@@ -139,25 +160,74 @@ def _decode_s(
     return steps * (costs.decode_fixed_s * share + costs.decode_s_per_byte * mean)
 
 
-def balance(costs: Costs, limits: Limits, pending: int, decoding: int, blocked: bool) -> Balance:
-    """How the next prefill runs. `pending` requests wait or are in prefill, `decoding` sequences would ride along;
-    `blocked`: some must wait for a running one to end.
+def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
+    """Prefill budgets that would be taken if a mixed step cost nothing of its own: the others need no measuring.
 
-    A mixed step saves a decode step's fixed part and costs its own. The saving is real only if decode steps are what
-    the rest waits for: while requests are blocked or trickle in. In a burst that fits, the last prompt's tokens all
-    come after it, whoever rode along before.
+    For throughput one of them is tried first. Overheads of the others are much like its own, and every trial breaks
+    up what would have been prefilled together.
     """
-    if costs.decode_fixed_s is None or costs.prefill_s_per_token is None:
+    if costs.decode_fixed_s is None or not costs.prefill_s_per_token:
+        return ()
+    if limits.tpot_s is None:
+        probe = limits.chunks[PROBE : PROBE + 1] or limits.chunks
+        gain = _saved_s(costs, mix) - max((costs.mixed_s.get(chunk, 0.0) for chunk in probe), default=0.0)
+        if gain <= MIX_MARGIN * costs.decode_fixed_s:
+            return ()
+        return limits.chunks if all(chunk in costs.mixed_s for chunk in probe) else probe
+    spare = limits.tpot_s - _around_s(costs, mix, 0.0)
+    within = tuple(chunk for chunk in limits.chunks if costs.prefill_s_per_token * chunk <= spare)
+    return within or limits.chunks[:1]
+
+
+def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
+    """How the next prefill runs while sequences decode: for throughput, or within a bound on the time between tokens.
+
+    A mixed step reads the weights once for both, so it saves a decode step's fixed part and costs its own overhead and
+    a product for every row that rides along. The saving is real only if decode steps are what the rest waits for,
+    and then a step saves as much as it has rows of all that will run at once. In a burst that fits, the last
+    prompt's tokens all come after it, whoever rode along before.
+    """
+    if costs.decode_fixed_s is None or not costs.prefill_s_per_token:
         return Balance(False, None, NOT_MEASURED)
-    known = [chunk for chunk in limits.chunks if chunk in costs.mixed_s]
-    if not decoding or not known:
-        return Balance(False, None, BURST if not decoding else NOT_MEASURED)
-    steady = blocked or TRICKLE * pending <= decoding
-    gain = {
-        chunk: ((costs.decode_fixed_s if steady else 0.0) - costs.mixed_s[chunk]) / chunk for chunk in known
-    }
-    best = max(known, key=gain.__getitem__)
-    if gain[best] > 0:
-        return Balance(True, best, GAIN)
-    calm = [chunk for chunk in known if gain[chunk] >= -LATENCY_SHARE * costs.prefill_s_per_token]
-    return Balance(True, calm[0], CALM) if calm else Balance(False, None, NO_GAIN if steady else BURST)
+    known = {chunk: costs.mixed_s[chunk] for chunk in limits.chunks if chunk in costs.mixed_s}
+    if not known:
+        return Balance(False, None, NOT_MEASURED if worth_trying(costs, limits, mix) else _alone(mix))
+    if limits.tpot_s is not None:
+        return _within(costs, mix, limits, known)
+    saved = _saved_s(costs, mix)
+    gains = {chunk: saved - overhead for chunk, overhead in known.items()}
+    best = max(known, key=lambda chunk: gains[chunk] / chunk)
+    if gains[best] > MIX_MARGIN * costs.decode_fixed_s:
+        return Balance(True, best, GAIN, gains)
+    return Balance(False, None, _alone(mix), gains)
+
+
+def _alone(mix: Mix) -> str:
+    return NO_GAIN if mix.blocked else PROMPTS_FIRST
+
+
+def _saved_s(costs: Costs, mix: Mix) -> float:
+    """Seconds that a mixed step saves before its own overhead."""
+    share = mix.decoding / max(mix.at_once, mix.decoding, 1) if mix.blocked else 0.0
+    return costs.decode_fixed_s * share - mix.decoding * costs.prefill_s_per_token
+
+
+def _around_s(costs: Costs, mix: Mix, overhead: float) -> float:
+    """Seconds of a mixed step beyond its prefill tokens."""
+    rows = costs.prefill_s_per_token * mix.decoding
+    return rows + (costs.decode_s_per_byte or 0.0) * mix.kv_bytes + overhead
+
+
+def _within(costs: Costs, mix: Mix, limits: Limits, known: Mapping[int, float]) -> Balance:
+    """As many prefill tokens as keep a step within the bound, so that prompts wait as little as that allows. Between
+    two budgets the overhead of the smaller one is taken, until a step has shown its own."""
+    per_token, lasts = costs.prefill_s_per_token, {}
+    for chunk, overhead in sorted(known.items()):
+        lasts[chunk] = per_token * chunk + _around_s(costs, mix, overhead)
+    for chunk in sorted(known, reverse=True):
+        if lasts[chunk] <= limits.tpot_s:
+            larger = min((other for other in limits.chunks if other > chunk), default=chunk)
+            fitting = chunk + int((limits.tpot_s - lasts[chunk]) / per_token)
+            fitting = max(chunk, min(fitting // CHUNK_STEP * CHUNK_STEP, larger))
+            return Balance(True, fitting, WITHIN, lasts)
+    return Balance(True, min(known), TIGHT, lasts)

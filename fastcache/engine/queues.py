@@ -9,7 +9,12 @@ from fastcache.engine.stages import Load, Queue
 
 
 def load_of(
-    now_s: float, running: Iterable[Sequence], waiting: Iterable[Sequence], enough: int, blocked: bool
+    now_s: float,
+    running: Iterable[Sequence],
+    waiting: Iterable[Sequence],
+    enough: int,
+    blocked: bool,
+    at_once: int,
 ) -> Load:
     """Count every running sequence, and the tokens to prefill up to `enough`, which is one full step."""
     prefill, compress, decode, under_way, tokens = [], [], [], 0, 0
@@ -37,6 +42,7 @@ def load_of(
         tokens,
         under_way,
         blocked,
+        at_once,
     )
 
 

@@ -90,7 +90,9 @@ class Scheduler:
         now_s, limit = self._clock(), self.limits.max_num_batched_tokens
         self._account.sample(self.stats.kv, now_s, self.running, len(self.waiting))
         blocked = bool(self.waiting) and (self._refused or len(self.waiting) > len(self._seats))
-        load = load_of(now_s, self.running, self.waiting, limit, blocked)
+        more = 0 if self._refused else min(len(self.waiting), len(self._seats))
+        at_once = len(self.running) + more
+        load = load_of(now_s, self.running, self.waiting, limit, blocked, at_once)
         for turn in (*self.policy.turns(load), *ANYTHING):
             if (work := self._take(turn)) is not None:
                 return work

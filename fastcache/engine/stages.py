@@ -32,7 +32,7 @@ class Queue:
 class Load:
     """The engine's queues at one moment. `prefill` counts waiting requests and unfinished prefills; their tokens
     are counted up to one full step. `under_way`: sequences whose compression has been launched. `blocked`: a
-    waiting request needs a running one to end first."""
+    waiting request needs a running one to end first. `at_once`: how many run together once all have come in who may."""
 
     now_s: float
     prefill: Queue
@@ -41,6 +41,7 @@ class Load:
     prefill_tokens: int = 0
     under_way: int = 0
     blocked: bool = False
+    at_once: int = 0
 
     def queues(self) -> dict[str, Queue]:
         """By stage, the most downstream first."""

@@ -9,35 +9,57 @@ from typing import Any
 import torch
 
 from fastcache.compression.base import EvictionMethod
+from fastcache.compression.layer import NEEDS_ALL_QUERIES
 from fastcache.config import EngineConfig
 from fastcache.device.ceilings import measure
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
 from fastcache.engine.chunks import Limits as StepLimits
 from fastcache.engine.deferred import DEFERRABLE_NEEDS
+from fastcache.engine.known_costs import known_costs
 from fastcache.engine.policy import AFTER, BESIDE, INLINE, Limits
 from fastcache.engine.tuner import Tuner
 from fastcache.errors import UnsupportedCombination
 from fastcache.kvcache.pool import KVPool
 
-# Prefill budgets of mixed steps, as parts of a full step.
-CHUNK_PARTS = (16, 8, 4)
+# Prefill budgets of mixed steps, as parts of a full step. A small one lets decoding rows ride along most often, a
+# large one fills the matrix units.
+CHUNK_PARTS = (128, 64, 32, 16, 8)
 
 
-def make_tuner(config: EngineConfig, steps: StepLimits, pool: KVPool, places: dict[str, Any]) -> Tuner | None:
+def make_tuner(
+    config: EngineConfig,
+    steps: StepLimits,
+    pool: KVPool,
+    places: dict[str, Any],
+    method: EvictionMethod | None,
+) -> Tuner | None:
     """None where nothing is decided from measurement."""
     if config.tuning == "off":
         return None
-    parts = CHUNK_PARTS if config.tuning == "all" else ()
-    chunks = (steps.max_num_batched_tokens // part for part in parts)
+    chunks = prefill_budgets(steps.max_num_batched_tokens, method) if config.tuning == "all" else ()
     limits = Limits(
         max_seqs=steps.max_num_seqs,
         pool_bytes=(pool.num_pages - 1) * pool.page_bytes,
         bytes_per_token=pool.shape.bytes_per_token,
         places=tuple(places),
-        chunks=tuple(chunk for chunk in chunks if chunk > 0),
+        chunks=chunks,
+        tpot_s=config.tpot_bound_s,
     )
-    return Tuner(limits, measure(str(pool.device)).copy_bytes_s)
+    tuner = Tuner(limits, measure(str(pool.device)).copy_bytes_s)
+    known = known_costs(config, pool.shape.dtype, pool.device)
+    if known is not None:
+        tuner.observed.know(known)
+    return tuner
+
+
+def prefill_budgets(full: int, method: EvictionMethod | None) -> tuple[int, ...]:
+    """Those of mixed steps, ascending: none where a method must see a prompt's queries all at once, else what is not
+    smaller than the queries that it looks at."""
+    if method is not None and method.needs & NEEDS_ALL_QUERIES:
+        return ()
+    least = max(1, method.window if method is not None else 1)
+    return tuple(full // part for part in CHUNK_PARTS if full // part >= least)
 
 
 def compression_places(

@@ -8,30 +8,34 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastcache.engine.averages import Plane, Ratio
+from fastcache.engine.averages import Middle, Plane, Ratio
 from fastcache.engine.policy import (
-    BURST,
-    CALM,
     GAIN,
     NO_GAIN,
     NOT_MEASURED,
     PLACE_MARGIN,
+    PROMPTS_FIRST,
+    TIGHT,
     TOO_DEAR,
+    WITHIN,
     Costs,
     Limits,
+    Mix,
     RequestLoad,
     balance,
     break_even,
     cheapest,
     decide,
+    worth_trying,
 )
 
 # An H100 with Qwen3-8B: 147,456 bytes a token, 3 TB/s, about 6 ms for the weights, 29 us a prefilled token.
 BYTES = 147_456
+CHUNKS = (2048, 4096, 8192)
 H100 = Costs(
     0.006, 1 / 3e12, 2.9e-5, {"inline": 3e-7, "beside:16": 2e-7}, {2048: 0.003, 4096: 0.004, 8192: 0.006}
 )
-LIMITS = Limits(256, 400_000 * BYTES, BYTES, ("inline", "beside:16"), (2048, 4096, 8192))
+LIMITS = Limits(256, 400_000 * BYTES, BYTES, ("inline", "beside:16"), CHUNKS)
 
 granted = st.lists(st.integers(1, 15).map(lambda n: f"beside:{8 * n}"), unique=True, max_size=4)
 seconds = st.floats(1e-9, 1e-3)
@@ -93,7 +97,7 @@ def test_it_takes_the_cheapest_alternative(situation, output):
 
 
 def test_the_fixed_place_stays_unless_another_is_clearly_better():
-    for other, best in ((0.99 * 3e-7, "inline"), (0.5 * 3e-7, "beside:16")):
+    for other, best in ((0.5 * 3e-7, "inline"), (0.0, "beside:16")):
         costs = dataclasses.replace(H100, exposed={"inline": 3e-7, "beside:16": other})
         assert cheapest(costs, LIMITS) == best
 
@@ -117,35 +121,88 @@ def test_a_full_pool_makes_compression_pay_earlier():
     assert break_even(H100, load, LIMITS, "inline") < ample
 
 
-def test_mixed_steps_save_decode_steps_only_where_the_rest_waits_for_them():
-    assert balance(H100, LIMITS, pending=60, decoding=4, blocked=False).reason == BURST
-    blocked = balance(H100, LIMITS, pending=60, decoding=4, blocked=True)
-    assert blocked.together and blocked.chunk == 2048 and blocked.reason == GAIN
-    trickle = balance(H100, LIMITS, pending=1, decoding=40, blocked=False)
-    assert trickle.together and trickle.reason == GAIN
+def mix(pending=1, decoding=60, at_once=64, blocked=True, kv_bytes=8e9) -> Mix:
+    return Mix(pending, decoding, at_once, blocked, kv_bytes)
 
 
-def test_mixed_steps_that_cost_more_than_they_save_are_not_taken():
+def test_a_mixed_step_saves_its_share_of_a_decode_step_and_costs_a_product_for_each_row():
+    """By hand: 6 ms x 60/64 of a decode step, less 60 x 29 us of products, less the overhead of 2, 3 and 4 ms."""
+    costs = dataclasses.replace(H100, mixed_s={2048: 0.002, 4096: 0.003, 8192: 0.004})
+    chosen = balance(costs, LIMITS, mix())
+    saved = 0.006 * 60 / 64 - 60 * 2.9e-5
+    assert chosen.predicted == pytest.approx({2048: saved - 0.002, 4096: saved - 0.003, 8192: saved - 0.004})
+    assert (chosen.together, chosen.chunk, chosen.reason) == (True, 2048, GAIN)
+
+
+def test_prompts_go_first_unless_requests_wait_for_decode_steps():
+    assert balance(H100, LIMITS, mix(blocked=False)).reason == PROMPTS_FIRST
+    few = balance(H100, LIMITS, mix(pending=60, decoding=4))
+    assert (
+        not few.together and few.reason == NO_GAIN
+    )  # four of 64 rows: a sixteenth of a decode step is saved
     dear = dataclasses.replace(H100, mixed_s={2048: 0.02, 4096: 0.02, 8192: 0.02})
-    assert balance(dear, LIMITS, pending=60, decoding=4, blocked=True).reason == NO_GAIN
-
-
-def test_a_burst_is_mixed_only_if_that_costs_next_to_nothing():
-    cheap = dataclasses.replace(H100, mixed_s={2048: 0.003, 4096: 0.001, 8192: 0.001})
-    calm = balance(cheap, LIMITS, pending=60, decoding=4, blocked=False)
-    assert (calm.together, calm.chunk, calm.reason) == (True, 4096, CALM)
+    assert balance(dear, LIMITS, mix()).reason == NO_GAIN
 
 
 @given(
-    st.integers(1, 100),
-    st.integers(0, 100),
-    st.booleans(),
-    st.dictionaries(st.sampled_from([2048, 4096, 999]), seconds),
+    st.integers(1, 300), st.integers(1, 256), st.booleans(), st.dictionaries(st.sampled_from(CHUNKS), seconds)
 )
-def test_the_balance_stays_within_the_limits(pending, decoding, blocked, mixed):
-    chosen = balance(dataclasses.replace(H100, mixed_s=mixed), LIMITS, pending, decoding, blocked)
-    assert chosen.together == (chosen.chunk is not None)
-    assert chosen.chunk is None or (chosen.chunk in LIMITS.chunks and chosen.chunk in mixed and decoding)
+def test_mixed_steps_for_throughput_are_only_taken_where_a_gain_is_predicted(
+    pending, decoding, blocked, mixed
+):
+    costs = dataclasses.replace(H100, mixed_s=mixed)
+    what = mix(pending, decoding, min(256, pending + decoding), blocked)
+    chosen = balance(costs, LIMITS, what)
+    assert chosen.together == (chosen.reason == GAIN) == (chosen.chunk is not None)
+    if chosen.together:
+        assert blocked and chosen.predicted[chosen.chunk] > 0
+        assert mixed[chosen.chunk] + decoding * H100.prefill_s_per_token < H100.decode_fixed_s
+
+
+@given(st.integers(1, 300), st.integers(1, 256), st.booleans(), st.floats(0.005, 0.5))
+def test_only_what_could_pay_is_worth_trying(pending, decoding, blocked, bound):
+    what = mix(pending, decoding, min(256, pending + decoding), blocked)
+    free = dataclasses.replace(H100, mixed_s=dict.fromkeys(CHUNKS, 0.0))
+    unknown = dataclasses.replace(H100, mixed_s={})
+    assert bool(worth_trying(unknown, LIMITS, what)) == balance(free, LIMITS, what).together
+    assert worth_trying(unknown, LIMITS, what) in ((), CHUNKS[1:2])  # one is tried first
+    assert worth_trying(free, LIMITS, what) in ((), CHUNKS)
+    bounded = dataclasses.replace(LIMITS, tpot_s=bound)
+    tried = worth_trying(H100, bounded, what)
+    assert tried == CHUNKS[: len(tried)] and tried
+    chosen = balance(free, bounded, what)
+    assert chosen.reason == TIGHT or chosen.chunk >= tried[-1]
+
+
+@given(
+    st.integers(1, 256),
+    st.floats(0, 3e10),
+    st.floats(0.005, 0.5),
+    st.dictionaries(st.sampled_from(CHUNKS), st.floats(0, 0.02), min_size=1),
+)
+def test_a_step_lasts_as_long_as_the_bound_allows_and_no_longer(decoding, kv_bytes, bound, mixed):
+    costs, limits = dataclasses.replace(H100, mixed_s=mixed), dataclasses.replace(LIMITS, tpot_s=bound)
+    chosen = balance(costs, limits, mix(decoding=decoding, blocked=False, kv_bytes=kv_bytes))
+    assert chosen.together and chosen.chunk <= CHUNKS[-1]
+    around = decoding * costs.prefill_s_per_token + costs.decode_s_per_byte * kv_bytes
+    known = max(chunk for chunk in mixed if chunk <= chosen.chunk)
+    lasts = around + costs.prefill_s_per_token * chosen.chunk + mixed[known]
+    if chosen.reason == TIGHT:
+        assert chosen.chunk == min(mixed) and all(seconds > bound for seconds in chosen.predicted.values())
+        return
+    assert chosen.reason == WITHIN and lasts <= bound * (1 + 1e-9)
+    larger = [chunk for chunk in CHUNKS if chunk > known]
+    more = chosen.chunk + 64  # a larger one would break the bound, or is another budget's business
+    assert lasts + 64 * costs.prefill_s_per_token > bound or not larger or more > larger[0]
+
+
+@given(st.floats(0.01, 0.2), st.floats(0.01, 0.2))
+def test_a_tighter_bound_never_makes_a_larger_step(one, other):
+    tight, loose = sorted((one, other))
+    chunks = [
+        balance(H100, dataclasses.replace(LIMITS, tpot_s=bound), mix()).chunk for bound in (tight, loose)
+    ]
+    assert chunks[0] <= chunks[1]
 
 
 def test_a_plane_is_recovered_from_steps_that_differ():
@@ -163,6 +220,13 @@ def test_where_steps_do_not_differ_the_physical_bound_decides():
         plane.add(1.0, 1e9, 0.005)
     fixed, per_byte = plane.solve()
     assert per_byte >= 3e-13 and fixed + per_byte * 1e9 == pytest.approx(0.005)
+
+
+def test_one_spoilt_observation_of_three_does_not_count():
+    middle = Middle()
+    for seconds_taken in (0.002, 0.4, 0.003):
+        middle.add(1.0, seconds_taken)
+    assert middle.value == 0.003
 
 
 @given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(0, 10)), min_size=1, max_size=80))

@@ -1,0 +1,183 @@
+"""What steps were observed to take, as the costs that decisions are made from.
+
+Times come from the host's clock when a step's tokens arrive and from device events read at that moment, one step late:
+nobody waits for a measurement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from fastcache.core import Step
+from fastcache.engine.amounts import Amounts, amounts
+from fastcache.engine.averages import Middle, Plane, Ratio
+from fastcache.engine.policy import AFTER, INLINE, Costs, Limits
+
+TRIALS = 3  # observations before a cost counts as measured
+# The first steps of a kind compile kernels, and one that captures a graph takes many times as long as the next:
+# neither says anything about the device.
+UNSEEN, OUTLIER = 2, 4.0
+STEP_KINDS = ("prefill", "decode", "mixed")
+
+
+@dataclass(frozen=True)
+class KnownCosts:
+    """Measured before, as `fastcache cost` writes it: a prefill step of `sequences` contexts of `context` tokens took
+    `prefill_s`, and compressing them inside it `inline_s`, of which neither includes the other."""
+
+    sequences: int
+    context: int
+    prefill_s: float
+    inline_s: float
+
+
+class Observed:
+    """`copy_bytes_s`: what the device was measured to read and write per second; no KV byte is read faster."""
+
+    def __init__(self, limits: Limits, copy_bytes_s: float) -> None:
+        self.limits = limits
+        self._decode, self._prefill, self._mean = Plane(1 / copy_bytes_s), Plane(), Ratio()
+        self.exposed = {place: Middle() for place in limits.places}
+        self.mixed = {chunk: Middle() for chunk in limits.chunks}
+        # Seconds that compressing a context in the main stream takes, inside mixed steps and others; its mean tokens.
+        self._context_s = {True: Middle(), False: Middle()}
+        self._context = Ratio()
+        self.kv_bytes = 0.0  # that the last step with decoding sequences read
+        self._steps: Counter[str] = Counter()
+        self._odd_run = 0
+        self._late_s = 0.0  # what decode steps took too long while a compression ran beside them
+        self._costs: Costs | None = Costs()
+        self.predicted = {kind: [0, 0.0, 0.0] for kind in STEP_KINDS}  # steps, predicted and measured seconds
+
+    @property
+    def costs(self) -> Costs:
+        if self._costs is None:
+            fixed = per_byte = per_token = None
+            if self._decode.count >= TRIALS:
+                fixed, per_byte = self._decode.solve()
+            if self._prefill.count >= TRIALS:
+                per_token = self._mean.value
+            # A single observation may be below zero, as noise is; a cost is not.
+            exposed = {place: max(cost, 0.0) for place, cost in _measured(self.exposed).items()}
+            apart = self._apart_s()
+            mixed = {chunk: cost + apart * chunk for chunk, cost in _measured(self.mixed).items()}
+            self._costs = Costs(fixed, per_byte, per_token, exposed, mixed)
+        return self._costs
+
+    def _apart_s(self) -> float:
+        """Seconds per prefill token that mixed steps lose because contexts end in them one by one, where they would be
+        compressed together otherwise."""
+        mixed, together = self._context_s[True].value, self._context_s[False].value
+        if mixed is None or together is None:
+            return 0.0
+        return max(mixed - together, 0.0) / self._context.value
+
+    def know(self, known: KnownCosts) -> None:
+        """Begin with what was measured before; own observations outweigh it as they come."""
+        tokens = known.sequences * known.context
+        for _ in range(TRIALS):
+            self._prefill.add(tokens, tokens * known.context / 2, known.prefill_s)
+            self._mean.add(tokens, known.prefill_s)
+            if INLINE in self.exposed:
+                self.exposed[INLINE].add(tokens, known.inline_s)
+        self._costs = None
+
+    def observe(self, step: Step, elapsed_s: float, compression_s: float, under_way: bool) -> float:
+        """`elapsed_s`: from this step's launch, or from the end of the step before it if that came later.
+        `compression_s`: of its compression in the main stream, where that was timed. `under_way`: compressions
+        ran beside it. Returns how much longer it took than the same work done in the ways known best."""
+        work = amounts(step, self.limits.bytes_per_token)
+        if work.kv_bytes:
+            self.kv_bytes = work.kv_bytes
+        decode = self._decode.solve() if self._decode.count else (0.0, 0.0)
+        prefill = self._prefill.solve() if self._prefill.count else (0.0, 0.0)
+        base = prefill[0] * work.tokens + prefill[1] * work.pairs + decode[1] * work.kv_bytes
+        if self._odd(step, elapsed_s, base + decode[0]):
+            return 0.0
+        if work.contexts and compression_s:
+            self._context_s[bool(step.decode_rows)].add(work.contexts, compression_s)
+            self._context.add(work.contexts, work.compressed)
+        if step.decode:
+            self._observe_decode(work, elapsed_s, decode[0] + base, under_way)
+            lost = 0.0
+        elif step.decode_rows:
+            self._observe_mixed(step, elapsed_s - compression_s, base)
+            lost = elapsed_s - compression_s - base - decode[0]
+        else:
+            self._observe_prefill(step, work, elapsed_s, compression_s, base)
+            inline = self.costs.exposed.get(self.limits.places[0], 0.0) if work.compressed else 0.0
+            lost = elapsed_s - base - inline * work.compressed
+        self._costs = None
+        return lost
+
+    def _odd(self, step: Step, elapsed_s: float, expected_s: float) -> bool:
+        """Whether a step's time is the host's doing. Several such times in a row are the device's after all."""
+        kind = "decode" if step.decode else "mixed" if step.decode_rows else "prefill"
+        self._steps[kind] += 1
+        if self._steps[kind] <= UNSEEN:
+            return True
+        known = min(self._prefill.count if kind != "decode" else TRIALS, self._decode.count) >= TRIALS
+        odd = known and elapsed_s > OUTLIER * expected_s and self._odd_run < TRIALS
+        self._odd_run = self._odd_run + 1 if odd else 0
+        return odd
+
+    def _observe_decode(self, work: Amounts, elapsed_s: float, expected_s: float, under_way: bool) -> None:
+        if under_way and self._decode.count >= TRIALS:
+            self._late_s += elapsed_s - expected_s
+            return
+        self._predicted("decode", expected_s, elapsed_s, self._decode.count)
+        self._decode.add(1.0, work.kv_bytes, elapsed_s)
+
+    def _observe_mixed(self, step: Step, elapsed_s: float, base_s: float) -> None:
+        tokens = step.prefill_tokens
+        chunk = next((each for each in self.limits.chunks if each >= tokens), None)
+        # The last piece of a prompt may be small: it says little about a full chunk.
+        if chunk is None or 2 * tokens <= chunk or not self._prefill.count:
+            return
+        known = self.mixed[chunk].value
+        if known is not None:
+            self._predicted("mixed", base_s + known, elapsed_s, TRIALS)
+        self.mixed[chunk].add(1.0, elapsed_s - base_s)
+
+    def _observe_prefill(
+        self, step: Step, work: Amounts, elapsed_s: float, compression_s: float, base_s: float
+    ) -> None:
+        place = step.place or self.limits.places[0]
+        on_main = place == INLINE
+        if work.compressed and place in self.exposed and not place.startswith(AFTER):
+            exposed = compression_s if on_main else elapsed_s - base_s
+            if on_main or self._prefill.count >= TRIALS:
+                self.exposed[place].add(work.compressed, exposed)
+        if on_main or not work.compressed:
+            alone_s = max(elapsed_s - compression_s, 0.0)
+            self._predicted("prefill", base_s + compression_s, elapsed_s, self._prefill.count)
+            self._prefill.add(work.tokens, work.pairs, alone_s)
+            self._mean.add(work.tokens, alone_s)
+
+    def waited(self, seconds: float) -> None:
+        """Nothing could be computed for so long but the compression under way."""
+        self._late_s += seconds
+
+    def job_done(self, tokens: int) -> None:
+        """A compression beside decode steps, over `tokens` context tokens, is complete."""
+        for place, middle in self.exposed.items():
+            if place.startswith(AFTER):
+                middle.add(tokens, self._late_s)
+                self._costs = None
+        self._late_s = 0.0
+
+    def _predicted(self, kind: str, expected_s: float, elapsed_s: float, known: int) -> None:
+        if known >= TRIALS:
+            entry = self.predicted[kind]
+            entry[0] += 1
+            entry[1] += expected_s
+            entry[2] += elapsed_s
+
+    def reset(self) -> None:
+        """Forget what was predicted, not what was measured."""
+        self.predicted = {kind: [0, 0.0, 0.0] for kind in STEP_KINDS}
+
+
+def _measured(costs: dict) -> dict:
+    return {name: cost.value for name, cost in costs.items() if cost.count >= TRIALS}

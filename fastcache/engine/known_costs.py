@@ -18,7 +18,7 @@ FACTS = ("model", "factor", "dtype", "context", "sequences_per_step", "prefill_s
 def known_costs(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> KnownCosts | None:
     """What `config.costs` says, None without one.
 
-    Errors: `ConfigError` for a file of another model, type, factor, method or device: it says nothing about this engine.
+    Errors: `ConfigError` for a file of another model, type, factor, method or device.
     """
     if config.costs is None:
         return None

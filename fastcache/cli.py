@@ -42,6 +42,7 @@ COMMANDS = {
         "build the library that lets an installed sgl_kernel load, if one is needed",
     ),
     "train-compressor": ("fastcache.cli_train", "train the networks of method mlp for a model, on text"),
+    "train-scorer": ("fastcache.cli_scorer", "train the networks of method kvzap for a model, on text"),
 }
 USER_MISTAKE, INTERRUPTED = 2, 128 + signal.SIGINT
 

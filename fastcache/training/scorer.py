@@ -1,0 +1,258 @@
+"""The regression behind method `kvzap`: pairs are collected, then all layers' networks are fitted at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcache.config import StrictConfig, positive_int, require
+from fastcache.errors import CheckpointError
+from fastcache.training.pairs import PairFile, Teacher
+from fastcache.training.text import Corpus, random_windows
+
+log = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 60
+
+
+@dataclass(frozen=True)
+class ScorerConfig(StrictConfig):
+    """What decides the result, besides model and text. Of each of `windows` texts, min_context to context tokens long,
+    `tokens` are drawn; AdamW, the learning rate falls along a cosine, gradients are clipped at norm 1. All as in the
+    paper (arXiv:2601.07891), whose networks are an eighth as wide as its models; it takes 4,500 windows.
+    """
+
+    hidden: int = 128
+    windows: int = 300
+    min_context: int = 750
+    context: int = 1250
+    tokens: int = 500
+    epochs: int = 15
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "windows", "min_context", "context", "tokens", "epochs", "batch_size"):
+            positive_int(name, getattr(self, name))
+        require(
+            self.tokens <= self.min_context <= self.context,
+            f"tokens is {self.tokens}, min_context {self.min_context}, context {self.context}; allowed is tokens <= "
+            "min_context <= context.",
+        )
+        require(
+            self.batch_size <= self.pairs,
+            f"batch_size is {self.batch_size}; allowed is up to windows x tokens, {self.pairs}.",
+        )
+        require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"learning_rate is {self.learning_rate!r}; allowed is a positive number.",
+        )
+
+    @property
+    def pairs(self) -> int:
+        return self.windows * self.tokens
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: what fills no batch at an epoch's end is left out of it."""
+        return self.epochs * (self.pairs // self.batch_size)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., steps - 1."""
+        return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+class ScorerTrainer:
+    """State of a run: pairs, networks, optimiser. It lives in files beside `output` between starts.
+
+    Inputs and targets are in units of their own mean and spread, which `export` folds into plain weights.
+    """
+
+    def __init__(
+        self, teacher: Teacher, corpora: Sequence[Corpus], config: ScorerConfig, output: Path, model_id: str
+    ) -> None:
+        self.teacher, self.corpora, self.config = teacher, corpora, config
+        text = [corpus.sha256 for corpus in corpora]
+        # What a saved state must agree on to be continued.
+        self.identity = json.dumps(
+            {"config": config.to_dict(), "text": text, "model": model_id}, sort_keys=True
+        )
+        self.state_file = output.with_suffix(".state")
+        self.device = teacher.model.cos_sin.device
+        shape = teacher.model.config
+        self.sizes = (shape.num_layers, shape.hidden_size, shape.num_kv_heads)
+        self.collected, self.step, self.losses, self._sum = 0, 0, [], 0.0
+        self._order: Tensor | None = None  # of this epoch's pairs
+        self.parameters = self._first_weights()
+        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate)
+        if self.state_file.is_file():
+            self._resume()
+        layers, hidden_size, kv_heads = self.sizes
+        self.pairs = PairFile(output, layers, config.pairs, hidden_size, kv_heads)
+        self.constants: dict[str, Tensor] = {}
+
+    def _first_weights(self) -> dict[str, Tensor]:
+        layers, inputs, outputs = self.sizes
+        width = self.config.hidden
+        generator = torch.Generator().manual_seed(self._seed("networks"))
+        shapes = {
+            "0.weight": (width, inputs),
+            "0.bias": (width,),
+            "2.weight": (outputs, width),
+            "2.bias": (outputs,),
+        }
+        found = {}
+        for name, shape in shapes.items():
+            scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.0
+            drawn = scale * torch.randn(layers, *shape, generator=generator)
+            found[name] = drawn.to(self.device).requires_grad_()
+        return found
+
+    def _seed(self, what: str) -> int:
+        return random.Random(f"{self.config.seed}/{what}").getrandbits(48)
+
+    def run(self, stop_after_s: float | None = None) -> bool:
+        """Collect and fit; False if `stop_after_s` came first (the state is saved and can go on)."""
+        started = saved = time.perf_counter()
+        work = [(self.config.windows, self._collect_one), (self.config.steps, self._one_step)]
+        for phase, (total, one) in enumerate(work):
+            if phase:
+                self._prepare()
+            while (done := (self.collected, self.step)[phase]) < total:
+                one()
+                now = time.perf_counter()
+                stop = (
+                    stop_after_s is not None
+                    and now - started > stop_after_s
+                    and self.step < self.config.steps
+                )
+                if stop or now - saved > SAVE_EVERY_S:
+                    self.save()
+                    log.info("%s %d of %d", ("window", "step")[phase], done + 1, total)
+                    saved = now
+                if stop:
+                    return False
+        return True
+
+    def _collect_one(self) -> None:
+        config, place = self.config, self.collected
+        draw = torch.Generator().manual_seed(self._seed(f"window {place}"))
+        spread = config.context - config.min_context + 1
+        length = config.min_context + int(torch.randint(spread, (1,), generator=draw))
+        (ids,) = random_windows(self.corpora, length, 1, f"{config.seed}/text {place}")
+        rows = torch.randperm(length, generator=draw)[: config.tokens].sort().values
+        hidden, scores = self.teacher.pairs(ids.tolist(), rows.to(self.device))
+        here = slice(place * config.tokens, (place + 1) * config.tokens)
+        self.pairs.hidden[:, here], self.pairs.scores[:, here] = hidden.cpu(), scores.cpu()
+        self.collected += 1
+
+    def _prepare(self) -> None:
+        """Measure means and spreads; bring the pairs to the device if they take less than half of what is free."""
+        hidden, scores = self.pairs.hidden, self.pairs.scores
+        if self.device.type == "cuda" and 2 * hidden.numel() * 2 < torch.cuda.mem_get_info(self.device)[0]:
+            hidden = hidden.to(self.device)
+        self._data = hidden, scores.to(hidden.device)
+        moments = [
+            [(x.float().mean(0), x.float().std(0).clamp(min=1e-6)) for x in data] for data in self._data
+        ]
+        for name, layers in zip(("input", "target"), moments, strict=True):
+            for part, each in zip(("mean", "spread"), zip(*layers, strict=True), strict=True):
+                self.constants[f"{name}.{part}"] = torch.stack(each).to(self.device)
+
+    def folded(self) -> tuple[Tensor, ...]:
+        """Weights (layers, out, in) and biases (layers, out) from raw hidden states to the logarithm of a score."""
+        mean, spread, target_mean, target_spread = self.constants.values()
+        first, first_bias, last, last_bias = self.parameters.values()
+        first = first / spread[:, None]
+        first_bias = first_bias - (first @ mean[..., None])[..., 0]
+        return first, first_bias, last * target_spread[..., None], last_bias * target_spread + target_mean
+
+    def _one_step(self) -> None:
+        config = self.config
+        per_epoch = config.pairs // config.batch_size
+        epoch, within = divmod(self.step, per_epoch)
+        if within == 0 or self._order is None:
+            generator = torch.Generator().manual_seed(self._seed(f"epoch {epoch}"))
+            self._order = torch.randperm(config.pairs, generator=generator)
+        rows = self._order[within * config.batch_size :][: config.batch_size].to(self._data[0].device)
+        hidden, scores = (data[:, rows].to(self.device).float() for data in self._data)
+        first, first_bias, last, last_bias = self.folded()
+        inner = F.gelu(torch.baddbmm(first_bias[:, None], hidden, first.mT))
+        error = torch.baddbmm(last_bias[:, None], inner, last.mT) - scores
+        loss = (error / self.constants["target.spread"][:, None]).square().mean()
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.rate(self.step)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimiser.step()
+        self._sum = self._sum + loss.detach()
+        self.step += 1
+        if self.step % per_epoch == 0:
+            self.losses.append(round(float(self._sum) / per_epoch, 5))
+            self._sum = 0.0
+            log.info("epoch %d of %d  loss %.4f", epoch + 1, config.epochs, self.losses[-1])
+
+    @torch.no_grad()
+    def export(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Plain weights by checkpoint name, on the CPU."""
+        tensors = zip(self.parameters, self.folded(), strict=True)
+        return {
+            f"layers.{layer}.{name}": each.to(dtype).cpu().clone()
+            for name, stacked in tensors
+            for layer, each in enumerate(stacked)
+        }
+
+    def save(self) -> None:
+        """Write the state in one piece."""
+        state = {
+            "identity": self.identity,
+            "collected": self.collected,
+            "step": self.step,
+            "losses": self.losses,
+            "sum": float(self._sum),
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimiser": self.optimiser.state_dict(),
+        }
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.state_file.with_name(self.state_file.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.state_file)
+
+    def _resume(self) -> None:
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        if state["identity"] != self.identity:
+            raise CheckpointError(
+                f"{self.state_file} is the state of a run with other settings, text or model. Delete it to start anew, "
+                "or give this run another output."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.collected, self.step, self.losses = state["collected"], state["step"], state["losses"]
+        self._sum = state["sum"]
+        log.info("continuing at window %d, step %d from %s", self.collected, self.step, self.state_file)
+
+    def record(self) -> dict[str, Any]:
+        """How the networks came to be, for the file that holds them. losses: mean of each epoch, in squared spreads."""
+        return {
+            "config": self.config.to_dict(),
+            "losses": self.losses,
+            "text": {corpus.name: corpus.sha256 for corpus in self.corpora},
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from fastcache.compression.base import budget
 from fastcache.compression.kvzap import KVzapRater
@@ -20,6 +21,7 @@ from fastcache.errors import ConfigError, DatasetError
 from fastcache.models.config import load_model_config
 from fastcache.models.loader import load_model
 from fastcache.tokenizer import load_tokenizer
+from fastcache.training.job import ATTENTION
 from fastcache.training.pairs import Teacher
 from fastcache.training.scorer import ScorerConfig, ScorerTrainer
 from fastcache.training.text import Corpus, even_windows, read_corpus, require_length
@@ -72,6 +74,10 @@ class ScorerJob:
     def run(self, judge_windows: int, stop_after_s: float | None = None) -> dict[str, Any] | None:
         """Train, judge and write; returns the record, or None if `stop_after_s` came before the last step."""
         torch.backends.cuda.matmul.allow_tf32 = True
+        with sdpa_kernel(ATTENTION):
+            return self._run(judge_windows, stop_after_s)
+
+    def _run(self, judge_windows: int, stop_after_s: float | None) -> dict[str, Any] | None:
         model_id = f"{self.facts['model']['sha256']} {self.facts['dtype']}"
         trainer = ScorerTrainer(self.teacher, self.corpora, self.config, self.output, model_id)
         log.info("%d parameters", sum(p.numel() for p in trainer.parameters.values()))

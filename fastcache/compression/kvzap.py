@@ -20,6 +20,8 @@ from fastcache.errors import CheckpointError
 
 # Rows in float32 at once where the network is a single layer.
 ROWS = 4096
+# In place of a path: seeded networks as wide as the paper's are beside its models.
+DUMMY, DUMMY_SHARE = "dummy", 8
 _NAME = re.compile(r"layers\.(\d+)\.(?:[02]\.)?(?:weight|bias)")
 
 Net = tuple[Tensor, ...]  # weight and bias of one linear layer, or of two with GELU between them
@@ -33,8 +35,8 @@ class KVzap(StateMethod):
     scores below a threshold, outside a window of the last 128 entries; here the compression ratio decides how many
     stay and the scores which, with `head_budgets` across heads as well. The first entries stay as in KVzip.
 
-    checkpoint: a file of `fastcache train-scorer`, or one of the paper's, whose names it shares. There is no default
-        and there are no random weights.
+    checkpoint: a file of `fastcache train-scorer`, or one of the paper's, whose names it shares. There is no default,
+        and there are no random weights, except that "dummy" makes seeded networks for a model with dummy weights.
     """
 
     name: ClassVar[str] = "kvzap"
@@ -54,15 +56,24 @@ class KVzap(StateMethod):
             self.checkpoint is not None,
             "method 'kvzap' needs the parameter checkpoint, a file of `fastcache train-scorer`; it has no default.",
         )
-        return KVzapRater(str(self.checkpoint), fit)
+        if self.checkpoint != DUMMY:
+            return KVzapRater(str(self.checkpoint), read_scorer(str(self.checkpoint))[0], fit)
+        require(
+            fit.dummy_weights,
+            f"checkpoint is {DUMMY!r}, which makes seeded networks that know nothing; allowed is that for a model with "
+            "dummy weights (load_format 'dummy'). Give the path of a checkpoint trained for this model.",
+        )
+        return KVzapRater(DUMMY, dummy_scorer(fit), fit)
 
 
 class KVzapRater:
-    """The networks of one model. The last linear layer is computed in float32: scores in bfloat16 tie."""
+    """The networks of one model. The last linear layer is computed in float32: scores in bfloat16 tie.
 
-    def __init__(self, path: str, fit: StateFit) -> None:
+    path: where `tensors` come from. Errors: `CheckpointError` where they and the model do not go together.
+    """
+
+    def __init__(self, path: str, tensors: Mapping[str, Tensor], fit: StateFit) -> None:
         self.path = path
-        tensors, self.record = read_scorer(path)
         names = check_shapes(path, tensors, fit)
         self.hidden = len(tensors["layers.0.0.bias"]) if len(names) == 4 else None
         dtypes = (fit.dtype, fit.dtype, torch.float32, torch.float32)[-len(names) :]
@@ -78,6 +89,8 @@ class KVzapRater:
         return rate(self._nets[layer], hidden)
 
     def describe(self) -> dict[str, Any]:
+        if self.path == DUMMY:
+            return {"kind": DUMMY, "sha256": None, "hidden": self.hidden}
         digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
         return {"kind": "checkpoint", "sha256": digest, "hidden": self.hidden}
 
@@ -87,6 +100,19 @@ def rate(net: Net, hidden: Tensor) -> Tensor:
     if len(net) == 2:
         return torch.cat([F.linear(rows.float(), *net) for rows in hidden.split(ROWS)])
     return F.linear(F.gelu(F.linear(hidden, *net[:2])).float(), *net[2:])
+
+
+def dummy_scorer(fit: StateFit) -> dict[str, Tensor]:
+    """Networks that cost what trained ones cost and know nothing."""
+    width = max(1, fit.hidden_size // DUMMY_SHARE)
+    shapes = {"0.weight": (width, fit.hidden_size), "0.bias": (width,)}
+    shapes |= {"2.weight": (fit.kv_heads, width), "2.bias": (fit.kv_heads,)}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"layers.{layer}.{name}": torch.randn(shape, generator=generator) / fit.hidden_size**0.5
+        for layer in range(fit.num_layers)
+        for name, shape in shapes.items()
+    }
 
 
 def read_scorer(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,6 +25,7 @@ class StateFit:
     kv_heads: int
     dtype: torch.dtype
     device: torch.device
+    dummy_weights: bool = False
 
 
 class StateRater(Protocol):

@@ -120,7 +120,7 @@ def build(config: EngineConfig) -> Parts:
     )
     if isinstance(method, TransformMethod):
         method = bind(method, config, model, dtype, device)
-    rater = state_rater(method, model_config, dtype, device)
+    rater = state_rater(method, config, model_config, dtype, device)
     heads = HeadShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     stored = resolve_kv_dtype(config.kv_dtype, dtype, device)
     shape = KVShape(

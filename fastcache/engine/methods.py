@@ -55,6 +55,7 @@ def compressors(
 
 def state_rater(
     method: EvictionMethod | BoundTransform | None,
+    config: EngineConfig,
     model: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -62,7 +63,8 @@ def state_rater(
     """Who rates hidden states, for a method that needs them. Errors: `ConfigError`, `CheckpointError`."""
     if not isinstance(method, StateMethod):
         return None
-    return method.rater(StateFit(model.num_layers, model.hidden_size, model.num_kv_heads, dtype, device))
+    sizes = (model.num_layers, model.hidden_size, model.num_kv_heads)
+    return method.rater(StateFit(*sizes, dtype, device, config.load_format == "dummy"))
 
 
 def method_plan(

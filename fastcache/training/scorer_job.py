@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from fastcache.compression.base import budget
-from fastcache.compression.kvzap import KVzapRater
+from fastcache.compression.kvzap import KVzapRater, read_scorer
 from fastcache.compression.states import StateFit
 from fastcache.compression.tensor_file import write_safetensors
 from fastcache.engine.replay import replay_prompt
@@ -100,7 +100,7 @@ class ScorerJob:
         fit = StateFit(
             shape.num_layers, shape.hidden_size, shape.num_kv_heads, model.embed.dtype, self.device
         )
-        rater = KVzapRater(str(self.output), fit)
+        rater = KVzapRater(str(self.output), read_scorer(str(self.output))[0], fit)
         told, true = [], []
         rows = torch.arange(length, device=self.device)
         for ids in even_windows(self.heldout, length, windows).tolist():

@@ -228,6 +228,8 @@ def test_what_does_not_go_together_is_refused(case, tmp_path):
             },
         )
 
+    with pytest.raises(ConfigError, match="allowed is that for a model with"):
+        start("dummy")
     with pytest.raises(ConfigError, match="needs the parameter checkpoint"):
         start(None)
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -247,3 +249,17 @@ def test_what_does_not_go_together_is_refused(case, tmp_path):
         save_file(tensors, str(file))
         with pytest.raises(CheckpointError, match=sentence):
             start(str(file))
+
+
+def test_seeded_networks_for_a_model_with_seeded_weights(kept_sets):
+    compression = {"method": "kvzap", "compression_ratio": RATIO, "params": {"checkpoint": "dummy"}}
+    options = {"device": "cpu", "load_format": "dummy", "num_pages": 40, "max_model_len": 200}
+    kept = []
+    for _ in range(2):
+        kept_sets.clear()
+        llm = LLM("smollm2-135m", compression=compression, **options)
+        llm.generate([list(range(100))], SamplingParams(max_tokens=2, ignore_eos=True))
+        assert llm.describe()["compressor"] == {"kind": "dummy", "sha256": None, "hidden": 72}
+        kept.append(dict(kept_sets))
+    assert all(torch.equal(kept[0][place], kept[1][place]) for place in kept[0])
+    assert not torch.equal(kept[0][100, 0], kept[0][100, 1])

@@ -12,7 +12,6 @@ from fastcache import LLM, SamplingParams
 from fastcache.cli import main
 from fastcache.compression.kvzap import KVzapRater, read_scorer
 from fastcache.compression.states import StateFit
-from fastcache.compression.tensor_file import write_safetensors
 from fastcache.engine.replay import prefill_dense, replay_prompt, replay_scores
 from fastcache.errors import CheckpointError, ConfigError
 from fastcache.models.config import load_model_config
@@ -89,9 +88,8 @@ def test_every_parameter_moves_and_the_loss_falls(teacher, tmp_path):
 def test_what_is_written_says_what_was_learned_of_text_it_never_saw(teacher, tmp_path):
     trainer = trainer_in(tmp_path, teacher, windows=12, epochs=20)
     assert trainer.run()
-    write_safetensors(tmp_path / "file.safetensors", trainer.export(torch.float32), {})
     fit = StateFit(LAYERS, WIDTH, KV_HEADS, torch.float32, torch.device("cpu"))
-    rater = KVzapRater(str(tmp_path / "file.safetensors"), fit)
+    rater = KVzapRater("trained", trainer.export(torch.float32), fit)
     (ids,) = random_windows([corpus(1)], 50, 1, "unseen").tolist()
     hidden, true = teacher.pairs(ids, torch.arange(50))
     told = torch.stack([rater.rate(layer, states) for layer, states in enumerate(hidden)])

@@ -26,15 +26,23 @@ from fastcache.config import (
 LINE = "{:24}{:>10}{:>10}{:>13}{:>9}{:>12}{:>13}\n"
 HEADER = ("method", "bound ms", "step ms", "us per layer", "share", "ns per token", "extra MiB")
 NOT_COUNTED = "-"
-# Those that need nothing but their name and see one prefill.
-DEFAULT_METHODS = "streaming_llm,knorm,keydiff,random,snapkv,tova,expected_attention,h2o,observed_attention"
+# Those that need nothing but their name and see one prefill; the first of them can also read it back from pages.
+PAGED_METHODS = "streaming_llm,knorm,keydiff,random,snapkv,tova"
+DEFAULT_METHODS = f"{PAGED_METHODS},expected_attention,h2o,observed_attention"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a local Hugging Face folder, or a preset for dummy weights"
     )
-    parser.add_argument("--methods", default=DEFAULT_METHODS, help="comma-separated")
+    parser.add_argument(
+        "--methods", help=f"comma-separated; by default {DEFAULT_METHODS}, with --paged {PAGED_METHODS}"
+    )
+    parser.add_argument(
+        "--paged",
+        action="store_true",
+        help="compress out of pages, as after chunked prefill, prefix hits and deferral, not out of the step's tensors",
+    )
     parser.add_argument(
         "--compressor-path",
         metavar="FILE",
@@ -62,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     ceilings = measure_ceilings(facts["device"])
     prefill_s = facts["prefill_seconds_per_token"] * shape.num_tokens
     sys.stdout.write(
-        f"{shape.sequences} x {shape.context} tokens in a step of {prefill_s * 1e3:.1f} ms; {ceilings}\n"
+        f"{shape.sequences} x {shape.context} tokens in a step of {prefill_s * 1e3:.1f} ms"
+        f"{', read back from pages' if shape.paged else ''}; {ceilings}\n"
     )
     sys.stdout.write(LINE.format(*HEADER))
     costs, rows = {}, {}
@@ -80,7 +89,7 @@ def _methods(args: argparse.Namespace) -> list[Any]:
     from fastcache.compression.base import EvictionMethod
 
     ratio = ratio_of_factor(args.factor)
-    chosen = names("--methods", args.methods)
+    chosen = names("--methods", args.methods or (PAGED_METHODS if args.paged else DEFAULT_METHODS))
     require(
         args.compressor_path is None or "mlp" in chosen,
         "--compressor-path is the checkpoint of the method 'mlp'; add it to --methods, or leave it out.",
@@ -142,8 +151,9 @@ def _prefill(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         max(1, min(args.batch, engine["max_num_batched_tokens"] // args.context)),
         ratio_of_factor(args.factor),
         engine["page_size"],
+        args.paged,
     )
-    return shape, {**facts, "sequences_per_step": shape.sequences}
+    return shape, {**facts, "sequences_per_step": shape.sequences, "paged": shape.paged}
 
 
 def _row(measured: Any, prefill_s: float) -> dict[str, float]:

@@ -39,7 +39,10 @@ ALLOWED = {
 # These see pages as well as tensors; a method and its kernels never do.
 WITH_PAGES = {
     f"compression/{name}.py"
-    for name in ("repack", "repack_heads_triton", "work", "layer", "layer_transform", "cost", "cost_inputs")
+    for name in (
+        *("repack", "repack_triton", "repack_heads_triton", "work", "layer", "layer_transform"),
+        *("cost", "cost_inputs"),
+    )
 }
 # What a cell weighs and takes is counted from its model's shapes, before anything is loaded.
 WITH_SHAPES = {"bench/fits.py"}
@@ -68,6 +71,7 @@ LONGER = {
     "fastcache/attention/ragged_triton.py:_attend_kernel": "one kernel: half of it is the list of its arguments",
     "fastcache/compression/repack_heads_triton.py:_repack_kernel": "one kernel, half of it arguments",
     "fastcache/compression/merge_triton.py:_merge_kernel": "one kernel: three layers, and a third of it arguments",
+    "fastcache/compression/repack_triton.py:_repack_kernel": "one kernel, half of it arguments",
 }
 
 

@@ -1,6 +1,7 @@
 """What a method costs on this device, measured: time per token and per step, and memory at its peak.
 
-A step is measured as the engine runs it, all layers of contexts that start in it, right out of its keys and values.
+A step is measured as the engine runs it, all layers of contexts that start in it, right out of its keys and values; or
+out of their pages, as contexts are compressed that were begun earlier, found in the prefix cache, or deferred.
 On CUDA the layers are replayed as one graph, so that the device's time is counted and not the host's launches, which
 hide behind a prefill. Nothing is known of what was not measured.
 """
@@ -70,6 +71,12 @@ def measure(method: Method, shape: StepShape, device: torch.device, ceilings: Ce
         shape.kept(method) > 0,
         f"a context of {shape.context} is too short for {method.name!r}; give a longer one.",
     )
+    unseen = method.needs & READS_QUERIES if shape.paged else frozenset()
+    require(
+        not unseen,
+        f"method {method.name!r} needs {', '.join(sorted(unseen))}, which pages do not hold: it is always compressed "
+        "out of the step that computes the context. Measure it without --paged.",
+    )
     beyond = method.needs - WATCHED
     require(
         not beyond,
@@ -94,7 +101,11 @@ def _line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, floa
 
 def limit_seconds(method: Method, shape: StepShape, ceilings: Ceilings) -> float:
     """No step of `method` is faster: it reads what it needs, reads and writes what it keeps, and multiplies; a
-    transform reads all and writes what it makes."""
+    transform reads all and writes what it makes.
+
+    Out of pages the same must move. Keys and values that a method needs are first brought together there, each read
+    and written once more, which a kernel that follows page tables could do without.
+    """
     entry = shape.kv_heads * shape.head_dim * shape.dtype.itemsize
     if isinstance(method, BoundTransform):
         moved = 2 * entry * (shape.num_tokens + shape.sequences * shape.kept(method))

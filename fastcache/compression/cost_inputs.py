@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcache.compression.base import EvictionMethod, budget
@@ -25,7 +26,8 @@ THETA = 1e6
 class StepShape:
     """`sequences` contexts of `context` tokens that one prefill step computes and compresses.
 
-    heads, kv_heads, head_dim: of the model, of `num_layers` layers, in `dtype`. ratio: what is removed.
+    heads, kv_heads, head_dim: of the model, of `num_layers` layers, in `dtype`. ratio: what is removed. paged: out of
+    pages, as after a prefill in chunks or one that deferred it, and not out of the step's own keys and values.
     """
 
     num_layers: int
@@ -37,6 +39,7 @@ class StepShape:
     sequences: int
     ratio: float
     page_size: int = 16
+    paged: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -61,11 +64,12 @@ class StepInputs:
     def __init__(
         self, method: EvictionMethod | BoundTransform, shape: StepShape, device: torch.device
     ) -> None:
-        self._kept = shape.kept(method)
-        self._pages = pages_for(self._kept, shape.page_size)
-        kv = KVShape(shape.num_layers, shape.kv_heads, shape.head_dim, shape.dtype)
-        pool = KVPool(kv, shape.sequences * self._pages + 1, shape.page_size, device)
         self._method, self._shape, self._device = method, shape, device
+        self._kept = shape.kept(method)
+        self._own = pages_for(shape.context, shape.page_size) if shape.paged else 0
+        kv = KVShape(shape.num_layers, shape.kv_heads, shape.head_dim, shape.dtype)
+        num_pages = shape.sequences * (self._own + pages_for(self._kept, shape.page_size)) + 1
+        pool = KVPool(kv, num_pages, shape.page_size, device)
         if isinstance(method, BoundTransform):
             self._layers = LayerTransformer(method, pool, shape.num_layers)
         else:
@@ -73,16 +77,28 @@ class StepInputs:
         starts = np.arange(shape.sequences) * shape.context
         lengths = np.full(shape.sequences, shape.context)
         self._where = Packed.of(starts, lengths, device)
-        self._work = self._make_work(starts, lengths)
+        self._work = self._make_work(num_pages, starts, lengths)
         self._step = self._computed()
+        if shape.paged:
+            self._fill(pool)
 
-    def _make_work(self, starts: np.ndarray, lengths: np.ndarray) -> Work:
+    def _make_work(self, num_pages: int, starts: np.ndarray, lengths: np.ndarray) -> Work:
         n = self._shape.sequences
-        fresh = 1 + np.arange(n * self._pages, dtype=np.int32).reshape(n, self._pages)
+        # Pages in no order, as an allocator hands them out after a while.
+        pages = 1 + np.random.default_rng(0).permutation(num_pages - 1).astype(np.int32).reshape(n, -1)
+        own = pages[:, : self._own] if self._own else np.zeros((n, 1), np.int32)
         window = (starts + lengths)[:, None] + np.arange(-self._method.window, 0)
-        kept = [self._kept] * n
-        work = Work.of(np.zeros((n, 1), np.int32), fresh, lengths, kept, window, self._device, [None] * n)
+        kept, fresh = [self._kept] * n, pages[:, self._own :]
+        work = Work.of(own, fresh, lengths, kept, window, self._device, [None] * n)
         return self._layers.planned(work, lengths, [()] * n)
+
+    def _fill(self, pool: KVPool) -> None:
+        """Every layer's pages hold the contexts of the step."""
+        table, size = self._work.table.long(), self._shape.page_size
+        for new, stored in ((self._step.k, pool.keys), (self._step.v, pool.values)):
+            padded = self._where.padded(new, self._shape.context)
+            padded = F.pad(padded, (0, 0, 0, -self._shape.context % size))
+            stored[:, table] = padded.unflatten(2, (-1, size)).transpose(1, 2)
 
     def _computed(self) -> Computed:
         s = self._shape
@@ -97,4 +113,7 @@ class StepInputs:
         queries: Tensor | None = None
         if "window_queries" in self._method.needs:
             queries = self._step.q[self._work.window_rows].transpose(1, 2)
-        self._layers.packed(layer, self._work, self._where, self._step, queries)
+        if self._shape.paged:
+            self._layers.stored(layer, self._work, queries)
+        else:
+            self._layers.packed(layer, self._work, self._where, self._step, queries)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastcache.compression import base, observe
 from fastcache.compression.base import EvictionMethod, LayerKV
-from fastcache.compression.repack import repack_heads
+from fastcache.compression.repack import repack_heads, repack_heads_pages, repack_pages
 
 Importance = Callable[[EvictionMethod, LayerKV], Tensor]
 
@@ -22,12 +22,14 @@ Importance = Callable[[EvictionMethod, LayerKV], Tensor]
 @dataclass(frozen=True)
 class Kernels:
     """`select` as `base.select`; `repack` as `repack_triton.repack_packed`, None where there is only torch's;
-    `repack_heads` as in `repack`; `attention_mass` and `query_statistics` as in `observe`."""
+    other names with `repack` as in `repack.py`; `attention_mass` and `query_statistics` as in `observe`."""
 
     name: str
     select: Callable[..., Tensor]
     repack: Callable[..., None] | None = None
+    repack_pages: Callable[..., None] = repack_pages
     repack_heads: Callable[..., None] = repack_heads
+    repack_heads_pages: Callable[..., None] = repack_heads_pages
     attention_mass: Callable[..., Tensor] = observe.attention_mass
     query_statistics: Callable[..., tuple[Tensor, Tensor]] = observe.query_statistics
     importance: Mapping[str, Importance] = field(default_factory=dict)
@@ -44,6 +46,11 @@ def kernels_for(device: torch.device) -> Kernels:
     """The fastest that this device and installation have."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return TORCH
+    return triton_kernels()
+
+
+def triton_kernels() -> Kernels:
+    """Written in Triton. Imports it, so that the rest of the package runs without."""
     from fastcache.compression import (
         expected_attention_triton,
         keydiff_triton,
@@ -65,7 +72,9 @@ def kernels_for(device: torch.device) -> Kernels:
         "triton",
         select_triton.select,
         repack_triton.repack_packed,
+        repack_triton.repack_pages,
         repack_heads_triton.repack_heads,
+        repack_heads_triton.repack_heads_pages,
         observe_triton.attention_mass,
         observe_triton.query_statistics,
         fast,

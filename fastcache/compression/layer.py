@@ -9,7 +9,7 @@ from torch import Tensor
 from fastcache.compression.adakv import adaptive_counts
 from fastcache.compression.base import EvictionMethod, LayerKV
 from fastcache.compression.kernels import kernels_for
-from fastcache.compression.repack import repack_layer, repack_packed
+from fastcache.compression.repack import repack_packed
 from fastcache.compression.transform import Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work
 from fastcache.kvcache.head_layout import HeadRows
@@ -34,15 +34,18 @@ class LayerCompressor:
 
     def stored(self, layer: int, work: Work, queries: Tensor | None, replayed: Tensor | None = None) -> None:
         """Contexts out of their pages. queries: (n, H, w, d), replayed: (n, Hk, T), for methods that need them."""
-        keys, values = self.pool.gather(layer, work.table, work.max_length)
+        needs, pool = self.method.needs, self.pool
+        where = layer, work.table, work.max_length
+        keys = pool.gather_keys(*where) if "keys" in needs else pool.shaped(len(work.table), work.max_length)
+        values = pool.gather_values(*where) if "values" in needs else None
         seen = {"window_queries": queries, "replay_scores": replayed}
         if "hidden_states" in self.method.needs:
             seen["ratings"] = self.pool.gather_ratings(layer, work.table, work.max_length)
         heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is None:
-            repack_layer(self.pool, layer, keys, values, kept, work.fresh)
+            self.kernels.repack_pages(pool, layer, work.table, kept, work.fresh)
         else:
-            self.kernels.repack_heads(self.pool, heads, keys, values, kept, work.fresh)
+            self.kernels.repack_heads_pages(pool, heads, work.table, kept, work.fresh)
 
     def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
         """Contexts out of what the step has computed."""

@@ -131,6 +131,17 @@ def entry_rows(pool: KVPool, rows: HeadRows, page_tables: Tensor, entries: Tenso
     return ((layer * pool.num_pages + page) * pool.shape.kv_heads + head) * size + entries % size
 
 
+def plain_rows(pool: KVPool, layer: int, page_tables: Tensor, entries: Tensor) -> Tensor:
+    """As `entry_rows`, for sequences in the plain layout, whose pages hold the same entries of all heads.
+
+    entries: (n, kv_heads, K) int64, each within its sequence's pages.
+    """
+    heads, size = pool.shape.kv_heads, pool.page_size
+    page = page_tables.long().gather(1, (entries // size).flatten(1)).view(entries.shape)
+    head = torch.arange(heads, device=entries.device)[:, None]
+    return ((layer * pool.num_pages + page) * heads + head) * size + entries % size
+
+
 Layout = HeadLayout | SharedLayout
 
 

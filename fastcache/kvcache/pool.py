@@ -60,9 +60,20 @@ def to_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _indexable(x: Tensor) -> Tensor:
-    """Indexing is not there for 8-bit floats on every torch; bytes move the same."""
+def as_bytes(x: Tensor) -> Tensor:
+    """An 8-bit `x` as bytes, which every torch can index and every GPU copies; anything else as it is."""
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def gather_pages(pages: Tensor, page_table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """(B, kv_heads, length, head_dim) in `dtype`: the first entries of B sequences, padded with whatever their last
+    pages hold.
+
+    pages: one layer's keys or values, (P, kv_heads, page_size, head_dim). page_table: (B, max_pages) int.
+    """
+    table = page_table[:, : -(-length // pages.shape[2])].long()
+    found = as_bytes(pages)[table].view(pages.dtype)  # (B, num_pages, kv_heads, page_size, head_dim)
+    return found.to(dtype).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -95,11 +106,11 @@ class KVPool:
         # A page's ratings are as good as its entries: shared with it, and written again when they are.
         ratings = (shape.num_layers, num_pages, page_size, shape.kv_heads)
         self.ratings = _zeros(ratings, torch.float32, device) if shape.rated else None
-        self._write_fast = None
+        self._write_fast, self._gather = None, gather_pages
         if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-            from fastcache.kvcache.write_triton import write_kv
+            from fastcache.kvcache import gather_triton, write_triton
 
-            self._write_fast = write_kv
+            self._write_fast, self._gather = write_triton.write_kv, gather_triton.gather_pages
 
     @property
     def page_bytes(self) -> int:
@@ -119,22 +130,21 @@ class KVPool:
         slot_mapping = slot_mapping.clamp(min=0)  # slot 0 is on the scratch page, which nobody reads
         pages, offsets = slot_mapping // self.page_size, slot_mapping % self.page_size
         for pool, new in ((self.keys, keys), (self.values, values)):
-            _indexable(pool[layer])[pages, :, offsets] = _indexable(to_stored(new, pool.dtype))
+            as_bytes(pool[layer])[pages, :, offsets] = as_bytes(to_stored(new, pool.dtype))
 
     def gather(self, layer: int, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` entries of each sequence, padded with whatever its last pages hold.
+        """Keys and values of B sequences, each as `gather_pages` in the model's dtype."""
+        return self.gather_keys(layer, page_table, length), self.gather_values(layer, page_table, length)
 
-        page_table: (B, max_pages) int. Returns keys and values, each (B, kv_heads, length, head_dim), model dtype.
-        """
-        num_pages = -(-length // self.page_size)
-        table = page_table[:, :num_pages].long()
-        out = []
-        for pool in (self.keys, self.values):
-            pages = _indexable(pool[layer])[table].view(
-                pool.dtype
-            )  # (B, num_pages, kv_heads, page_size, head_dim)
-            out.append(pages.to(self.shape.dtype).transpose(1, 2).flatten(2, 3)[:, :, :length])
-        return out[0], out[1]
+    def gather_keys(self, layer: int, page_table: Tensor, length: int) -> Tensor:
+        return self._gather(self.keys[layer], page_table, length, self.shape.dtype)
+
+    def gather_values(self, layer: int, page_table: Tensor, length: int) -> Tensor:
+        return self._gather(self.values[layer], page_table, length, self.shape.dtype)
+
+    def shaped(self, batch: int, length: int) -> Tensor:
+        """What has the shape of gathered keys, without their content."""
+        return self.keys[0, :1, :, :1].expand(batch, -1, length, -1)
 
     def write_ratings(self, layer: int, ratings: Tensor, slot_mapping: Tensor) -> None:
         """Store ratings (T, kv_heads) float32 beside their entries, except those whose slot, (T,), is -1."""
@@ -148,15 +158,21 @@ class KVPool:
     def read_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Entries by their row, the pool read as (-1, head_dim). Returns two (*rows.shape, head_dim), model dtype."""
         return tuple(
-            _indexable(pool.view(-1, self.shape.head_dim))[rows].view(pool.dtype).to(self.shape.dtype)
+            as_bytes(pool.view(-1, self.shape.head_dim))[rows].view(pool.dtype).to(self.shape.dtype)
             for pool in (self.keys, self.values)
         )
 
     def write_rows(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store entries by their row. keys, values: (*rows.shape, head_dim), model dtype."""
         for pool, new in ((self.keys, keys), (self.values, values)):
-            flat = _indexable(pool.view(-1, self.shape.head_dim))
-            flat[rows] = _indexable(to_stored(new, pool.dtype))
+            flat = as_bytes(pool.view(-1, self.shape.head_dim))
+            flat[rows] = as_bytes(to_stored(new, pool.dtype))
+
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy entries within the pool, by their rows: any two tensors of one shape, int64."""
+        for pool in (self.keys, self.values):
+            flat = as_bytes(pool.view(-1, self.shape.head_dim))
+            flat[target] = flat[source]
 
     def write_kept(self, layer: int, keys: Tensor, values: Tensor, page_table: Tensor) -> None:
         """Store whole caches of B sequences from slot 0 of their pages on.
@@ -168,4 +184,4 @@ class KVPool:
         table = page_table.long()
         for pool, new in ((self.keys, keys), (self.values, values)):
             pages = to_stored(new, pool.dtype).view(b, heads, table.shape[1], self.page_size, dim)
-            _indexable(pool[layer])[table] = _indexable(pages).transpose(1, 2)
+            as_bytes(pool[layer])[table] = as_bytes(pages).transpose(1, 2)

@@ -16,9 +16,10 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent
+CASES = ("kernel_cases.py", "ragged_kernel_cases.py", "paged_kernel_cases.py", "merge_kernel_cases.py")
 
 
-@pytest.mark.parametrize("cases", ["kernel_cases.py", "ragged_kernel_cases.py", "merge_kernel_cases.py"])
+@pytest.mark.parametrize("cases", CASES)
 def test_kernels_equal_the_reference(cases):
     run = subprocess.run(
         [sys.executable, FOLDER / cases],

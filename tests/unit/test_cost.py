@@ -10,7 +10,7 @@ import torch
 
 from fastcache.cli import main
 from fastcache.compression.cost import MethodCost, limit_seconds, load_costs, measure, save_costs
-from fastcache.compression.cost_inputs import StepShape
+from fastcache.compression.cost_inputs import StepInputs, StepShape
 from fastcache.compression.mlp import MLP
 from fastcache.compression.registry import create
 from fastcache.compression.transform import ModelFit
@@ -76,6 +76,28 @@ def test_a_method_that_does_more_than_watch_a_prefill_is_refused():
         measure(method("kvzip"), SHAPE, torch.device("cpu"), CEILINGS)
 
 
+@pytest.mark.parametrize("name", ["streaming_llm", "knorm", "snapkv"])
+def test_pages_give_what_the_step_s_own_tensors_give(name):
+    """The two ways measure the same work: of the same content they leave the same pages."""
+    kept = []
+    for paged in (False, True):
+        inputs = StepInputs(method(name), replace(SHAPE, paged=paged), torch.device("cpu"))
+        inputs.layer(1)
+        pool = inputs._layers.pool
+        kept.append([x[:, :, :75] for x in pool.gather(1, inputs._work.fresh, SHAPE.kept(method(name)))])
+    assert kept[0][0].any() and all(torch.equal(*pair) for pair in zip(*kept, strict=True))
+
+
+def test_pages_are_measured_with_the_same_bound():
+    found = measure(method("snapkv"), replace(SHAPE, paged=True), torch.device("cpu"), CEILINGS)
+    assert found.step_seconds > 0 and found.limit_seconds == limit_seconds(method("snapkv"), SHAPE, CEILINGS)
+
+
+def test_what_only_a_prefill_shows_is_not_read_back_from_pages():
+    with pytest.raises(ConfigError, match=r"h2o.*attention_mass, which pages do not hold.*without --paged"):
+        measure(method("h2o"), replace(SHAPE, paged=True), torch.device("cpu"), CEILINGS)
+
+
 def test_costs_survive_their_file(tmp_path):
     costs = {"knorm": MethodCost(1e-9, 2e-4, 5), "tova": MethodCost(2e-9, 0.0, None)}
     save_costs(tmp_path / "new" / "costs.json", costs, {"model": "m"})
@@ -112,9 +134,13 @@ def test_the_command_prints_and_stores_what_it_measured(tiny_model, tmp_path, ca
         f"cost --model {folder} --methods knorm,tova --batch 2 --context 64 --factor 2 --output {path}"
     )
     assert main([*arguments.split(), "--device", "cpu"]) == 0
+    assert not json.loads(path.read_text())["paged"]
+    assert main([*arguments.split(), "--device", "cpu", "--paged"]) == 0
     printed = capsys.readouterr().out
-    assert "knorm" in printed and "tova" in printed and "share" in printed
+    assert (
+        "read back from pages" in printed and "knorm" in printed and "tova" in printed and "share" in printed
+    )
     assert set(load_costs(path)) == {"knorm", "tova"}
     stored = json.loads(path.read_text())
-    assert stored["sequences_per_step"] == 2 and stored["prefill_seconds_per_token"] > 0
+    assert stored["paged"] and stored["sequences_per_step"] == 2 and stored["prefill_seconds_per_token"] > 0
     assert stored["measured"]["tova"]["share_of_prefill"] > 0

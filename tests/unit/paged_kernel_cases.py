@@ -1,0 +1,166 @@
+"""What test_compression_kernels.py runs under the interpreter: contexts compressed out of their pages.
+
+Triton's way (keys gathered, kept entries copied from page to page) against torch's, for methods of every need, and
+against the same contexts compressed out of a step's packed keys and values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import kernel_cases  # makes the interpreter take a loop's bound from newer numpy
+import numpy as np
+import torch
+
+from fastcache.compression import kernels, repack, repack_heads_triton, repack_triton
+from fastcache.compression.layer import LayerCompressor
+from fastcache.compression.registry import create
+from fastcache.compression.work import Computed, Packed, Work, page_tables
+from fastcache.config import CompressionConfig
+from fastcache.kvcache import gather_triton, pool
+from fastcache.kvcache.head_layout import HeadLayout, HeadRows, upload_layouts
+from fastcache.kvcache.pool import KVPool, KVShape
+
+CPU, LAYERS, PAGE = torch.device("cpu"), 2, 4
+# What each needs: nothing, keys, keys and window queries (of 8 and of 1), replay scores; values too, below.
+METHODS = {"streaming_llm": {}, "knorm": {}, "keydiff": {}, "snapkv": {"window": 8}, "tova": {}, "kvzip": {}}
+# The shortest is one longer than snapkv's window; others end on a page, and one entry behind it.
+LENGTHS, KEPT = [9, 40, 37, 33], [8, 11, 8, 20]
+
+
+def filled(kv_heads, size, pages=120, dtype=torch.float32, stored=None):
+    made = KVPool(KVShape(LAYERS, kv_heads, size, dtype, stored), pages, PAGE, CPU)
+    for x in (made.keys, made.values):
+        x.copy_(torch.randn(x.shape))
+    return made
+
+
+def twin(of):
+    made = KVPool(of.shape, of.num_pages, of.page_size, CPU)
+    made.keys.copy_(of.keys)
+    made.values.copy_(of.values)
+    return made
+
+
+def tables(counts, seed=0):
+    """Page tables of sequences that own `counts` pages, no page twice, in no order."""
+    numbers = iter((1 + np.random.default_rng(seed).permutation(sum(counts))).tolist())
+    return page_tables([[next(numbers) for _ in range(count)] for count in counts])
+
+
+def equal(one, other):
+    """Whatever two pools hold beyond the scratch page, bit by bit."""
+    pairs = ((one.keys, other.keys), (one.values, other.values))
+    return all(torch.equal(a[:, 1:].view(torch.uint8), b[:, 1:].view(torch.uint8)) for a, b in pairs)
+
+
+def gather():
+    for stored, dtype, size in ((torch.float32, torch.float32, 24), (torch.float16, torch.float32, 16)):
+        made = filled(3, size, dtype=dtype, stored=stored)
+        table = torch.from_numpy(tables([30, 2, 17]))
+        for length in (1, 68, 117):
+            for pages in (made.keys[1], made.values[0]):
+                want = pool.gather_pages(pages, table, length, dtype)
+                assert torch.equal(gather_triton.gather_pages(pages, table, length, dtype), want)
+
+
+def repack_between_pages():
+    for size, stored in ((24, torch.float32), (16, torch.float16), (16, torch.float8_e4m3fn)):
+        slow = filled(3, size, stored=stored)
+        fast, counts = twin(slow), [30, 2, 17, 8, 2, 1]
+        every = torch.from_numpy(tables(counts))
+        table, fresh = every[:3], every[3:, :8].contiguous()
+        kept = torch.full((3, 3, 29), -1)
+        for row, (length, budget) in enumerate(((118, 29), (7, 5), (66, 3))):
+            for head in range(3):
+                kept[row, head, :budget] = torch.randperm(length)[:budget].sort().values
+        repack.repack_pages(slow, 1, table, kept, fresh)
+        repack_triton.repack_pages(fast, 1, table, kept, fresh)
+        assert equal(slow, fast)
+        read = pool.gather_pages(slow.keys[1], table, 118, torch.float32)
+        moved = pool.gather_pages(slow.keys[1], fresh, 29, torch.float32)
+        assert torch.equal(moved[0, 2], read[0, 2, kept[0, 2]])
+
+
+def repack_ragged_between_pages():
+    rng, slow = np.random.default_rng(1), filled(2, 16)
+    fast, layouts = twin(slow), [HeadLayout(rng.integers(1, n, (LAYERS, 2)), PAGE) for n in (60, 5, 30)]
+    every = torch.from_numpy(tables([18, 9, 12] + [layout.pages(0) for layout in layouts]))
+    table, fresh, packed = every[:3], every[3:], upload_layouts(layouts, CPU)
+    for layer in range(LAYERS):
+        counts = np.stack([layout.kept[layer] for layout in layouts])
+        kept = torch.full((3, 2, int(counts.max())), -1)
+        for row, head in np.ndindex(3, 2):
+            chosen = np.sort(rng.permutation((70, 33, 45)[row])[: counts[row, head]])
+            kept[row, head, : len(chosen)] = torch.from_numpy(chosen)
+        heads = HeadRows(packed, layer, 2)
+        repack.repack_heads_pages(slow, heads, table, kept, fresh)
+        repack_heads_triton.repack_heads_pages(fast, heads, table, kept, fresh)
+    assert equal(slow, fast)
+
+
+def compressors(method, stored):
+    """The same pool twice, and who compresses it by torch and by Triton."""
+    slow, fast = stored, twin(stored)
+    fast._gather = gather_triton.gather_pages
+    made = [LayerCompressor(method, each, LAYERS, None) for each in (slow, fast)]
+    made[1].kernels = kernels.triton_kernels()
+    return made
+
+
+def compress(method, group, kv_heads=2, size=16):
+    owned = [-(-n // PAGE) for n in LENGTHS]
+    every = tables(owned + [-(-n // PAGE) for n in KEPT])
+    fresh = every[len(owned) :, : max(-(-n // PAGE) for n in KEPT)]
+    work = Work.of(every[: len(owned)], fresh, LENGTHS, KEPT, None, CPU, [None] * len(owned))
+    slow, fast = compressors(method, filled(kv_heads, size))
+    queries = torch.randn(len(owned), kv_heads * group, method.window, size)
+    replayed = torch.rand(len(owned), kv_heads, max(LENGTHS))
+    for layer in range(LAYERS):
+        before = fast.pool.gather(layer, work.table, max(LENGTHS))
+        for each in (slow, fast):
+            each.stored(layer, work, queries, replayed)
+        assert equal(slow.pool, fast.pool), method.name
+        if "replay_scores" not in method.needs:
+            assert equal(packed(method, work, layer, before, queries, fast), fast.pool), method.name
+
+
+def packed(method, work, layer, stored, queries, fast):
+    """A pool in which the same contexts were compressed out of packed keys and values."""
+    k, v = (torch.cat([x[row, :, :n].transpose(0, 1) for row, n in enumerate(LENGTHS)]) for x in stored)
+    starts = np.cumsum([0, *LENGTHS[:-1]])
+    other = twin(fast.pool)
+    for x in (other.keys, other.values):  # what it must bring there itself
+        x[layer, work.fresh[work.fresh > 0].long()] = 0
+    written = LayerCompressor(method, other, LAYERS, None)
+    written.kernels = fast.kernels
+    where = Packed.of(starts, np.array(LENGTHS), CPU)
+    written.packed(layer, work, where, Computed(queries, k, v, None), queries)
+    for row, budget in enumerate(KEPT):  # the rest of a last page is nobody's
+        page, used = int(work.fresh[row, (budget - 1) // PAGE]), (budget - 1) % PAGE + 1
+        for x, y in ((other.keys, fast.pool.keys), (other.values, fast.pool.values)):
+            x[layer, page, :, used:] = y[layer, page, :, used:]
+    return other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueNorm(kernel_cases.base.EvictionMethod):
+    """No method in the registry that can be read back from pages needs values; this one does."""
+
+    name = "value_norm"
+    needs = frozenset({"values"})
+
+    def importance(self, kv):
+        return kv.values.norm(dim=-1)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    gather()
+    repack_between_pages()
+    repack_ragged_between_pages()
+    for number, (name, params) in enumerate(METHODS.items()):
+        compress(create(CompressionConfig(method=name, params=params)), (1, 3, 4)[number % 3])
+    for group in (1, 3):
+        compress(create(CompressionConfig(method="snapkv", params={"window": 8})), group)
+    compress(ValueNorm(), 1)

@@ -39,8 +39,8 @@ class LayerCompressor:
         keys = pool.gather_keys(*where) if "keys" in needs else pool.shaped(len(work.table), work.max_length)
         values = pool.gather_values(*where) if "values" in needs else None
         seen = {"window_queries": queries, "replay_scores": replayed}
-        if "hidden_states" in self.method.needs:
-            seen["ratings"] = self.pool.gather_ratings(layer, work.table, work.max_length)
+        if "hidden_states" in needs:
+            seen["ratings"] = pool.gather_ratings(*where)
         heads, kept = self._kept(layer, work, keys, values, seen)
         if heads is None:
             self.kernels.repack_pages(pool, layer, work.table, kept, work.fresh)

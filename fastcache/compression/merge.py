@@ -9,6 +9,7 @@ Sizes: B sequences, Hk KV heads, T stored entries, G groups, k entries per group
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -94,7 +95,7 @@ def make_plan(
     lengths: Sequence[int], image_spans: Sequence[Spans], layout: MergeLayout, device: torch.device
 ) -> MergePlan:
     """A plan for B sequences. A sequence with nothing to merge keeps all its entries."""
-    parts = [_one(length, spans, layout) for length, spans in zip(lengths, image_spans, strict=True)]
+    parts = [_one(length, tuple(spans), layout) for length, spans in zip(lengths, image_spans, strict=True)]
     starts = {kind: _pad([one.starts[kind] for one in parts]) for kind in KINDS}
     flags = _pad([one.flags for one in parts])
     # Merged entries are numbered text first, then images, each padded to the widest sequence.
@@ -127,7 +128,9 @@ class _Sequence(NamedTuple):
     first: np.ndarray
 
 
-def _one(length: int, spans: Spans, layout: MergeLayout) -> _Sequence:
+@functools.lru_cache(maxsize=256)
+def _one(length: int, spans: tuple[tuple[int, int], ...], layout: MergeLayout) -> _Sequence:
+    """Contexts of one shape share theirs; nobody writes into it."""
     k, at = layout.factor, 0
     starts: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     runs, count = [], dict.fromkeys(KINDS, 0)

@@ -164,7 +164,8 @@ def test_the_full_cache_is_its_own_measure(frozen):
     assert quality["full"]["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
 
 
-def test_the_command_trains_judges_and_writes(folder, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_trains_judges_and_writes(folder, tmp_path, capsys, dtype):
     for name, seed in (("text.txt", 0), ("heldout.txt", 1)):
         (tmp_path / name).write_text(sentence(seed, 900), encoding="utf-8")
     output = tmp_path / "out" / "mlp.safetensors"
@@ -173,6 +174,7 @@ def test_the_command_trains_judges_and_writes(folder, tmp_path, capsys):
         *("--heldout", str(tmp_path / "heldout.txt"), "--output", str(output), "--factor", "3"),
         *("--steps", "4", "--hidden", "8", "--min-context", "24", "--context", "24", "--continuation", "8"),
         *("--batch-size", "2", "--judge-contexts", "24", "--judge-windows", "4", "--device", "cpu"),
+        *("--dtype", dtype),
     ]
     assert main(arguments) == 0, capsys.readouterr().err
     checkpoint = read_checkpoint(str(output))

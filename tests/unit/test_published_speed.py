@@ -92,4 +92,4 @@ def test_the_earlier_version():
 
 
 def test_the_tables_are_found():
-    assert len(table("Without compression")) == 9 and len(table("With compression")) == 3
+    assert len(table("Without compression")) == 9 and len(table("With compression")) == 5

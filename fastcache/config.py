@@ -54,6 +54,17 @@ def one_of(kind: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UnknownName(kind, value, allowed)
 
 
+def check_kv_dtype(value: str) -> None:
+    """Errors: `ConfigError` for 4 bits, which cannot be offered, `UnknownName` for what does not exist."""
+    require(
+        value not in ("int4", "fp4", "nvfp4"),
+        f"kv_dtype is {value!r}; allowed: {', '.join(KV_DTYPES)}. No attention kernel here reads keys and values of 4 "
+        "bits, and unpacking them before each step would move more bytes than it saves. For a quarter of the bytes "
+        "take fp8 and a compression method at factor 2.",
+    )
+    one_of("kv_dtype", value, KV_DTYPES)
+
+
 def open_interval(name: str, value: float) -> None:
     require(
         isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1,
@@ -226,7 +237,7 @@ class EngineConfig(StrictConfig):
         if isinstance(self.partition, Mapping):
             object.__setattr__(self, "partition", PartitionConfig.from_dict(self.partition))
         one_of("dtype", self.dtype, ("auto", *DTYPES))
-        one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        check_kv_dtype(self.kv_dtype)
         one_of("device", self.device.split(":")[0], DEVICES)
         one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("page_size", "max_num_seqs"):

@@ -18,11 +18,11 @@ from fastcache.compression.registry import METHODS
 from fastcache.config import (
     DEVICES,
     DTYPES,
-    KV_DTYPES,
     LOAD_FORMATS,
     VARIANTS,
     PartitionConfig,
     StrictConfig,
+    check_kv_dtype,
     check_policy,
     one_of,
     open_interval,
@@ -87,7 +87,7 @@ class CellConfig(StrictConfig):
         one_of("variant", self.variant, VARIANTS)
         one_of("load_format", self.load_format, LOAD_FORMATS)
         one_of("dtype", self.dtype, ("auto", *DTYPES))
-        one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        check_kv_dtype(self.kv_dtype)
         one_of("device", str(self.device).split(":")[0], DEVICES)
         for name in ("batch_size", "page_size", "repeats"):
             positive_int(name, getattr(self, name))

@@ -77,6 +77,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_that_is_allowed(
         ("--compression-factor", "inf", "above 1"),
         ("--compression-factor", "five", "'five' is not a number"),
         ("--gpu-mem-util", "1.2", "strictly between 0 and 1"),
+        ("--kv-dtype", "int4", "No attention kernel here reads keys and values of 4 bits"),
         ("--repeats", "0", "not a positive integer"),
         ("--seed", "-1", "not 0 or a positive integer"),
         ("--timeout", "0", "positive number of seconds"),

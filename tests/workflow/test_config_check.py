@@ -126,3 +126,10 @@ def keys(schema: dict[str, Any], prefix: str = "") -> list[str]:
     if isinstance(schema.get("additionalProperties"), dict):
         found += keys(schema["additionalProperties"], f"{prefix}ALIAS.")
     return found
+
+
+def test_four_bits_are_refused_with_the_reason():
+    with pytest.raises(
+        ConfigError, match=r"'int4'; allowed: auto, fp8\. No attention kernel here reads .* 4 bits"
+    ):
+        check_config(changed("engine", {"kv_dtype": "int4"}), SCHEMA)

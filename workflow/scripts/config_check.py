@@ -11,6 +11,7 @@ import yaml
 
 from fastcache.bench.matrix import MATRIX_KEYS, Expansion, expand
 from fastcache.bench.serving.cells import expand_serving
+from fastcache.config import check_kv_dtype
 from fastcache.errors import ConfigError, UnknownName
 
 WORKFLOW_KEYS = ("quality", "serving", "expected_failures", "report", "recorded")
@@ -49,6 +50,8 @@ def _as_user_error(error: jsonschema.ValidationError) -> ValueError:
         unknown = next(key for key in error.instance if key not in known)
         return UnknownName(f"config key of {where}" if where else "config key", unknown, known)
     if error.validator == "enum":
+        if where.endswith("kv_dtype"):
+            check_kv_dtype(error.instance)  # it has more to say about some values than that they do not exist
         return UnknownName(f"value of {where}", error.instance, error.validator_value)
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)

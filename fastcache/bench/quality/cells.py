@@ -24,7 +24,7 @@ from typing import Any
 from fastcache.bench import models
 from fastcache.bench.axes import ENGINE_KEYS, check_keys
 from fastcache.compression.registry import METHODS
-from fastcache.config import KV_DTYPES, StrictConfig, one_of, open_interval, positive_int, require
+from fastcache.config import StrictConfig, check_kv_dtype, one_of, open_interval, positive_int, require
 
 FULL, NO_CONTEXT, RANDOM = "full", "no_context", "random"
 GUARDS = (FULL, NO_CONTEXT, RANDOM)
@@ -100,7 +100,7 @@ class QualityCell(StrictConfig):
             len(set(names)) == len(names), "quality.tasks names a task twice; a row has one result for each."
         )
         one_of("compression method", self.method, (FULL, NO_CONTEXT, *METHODS))
-        one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        check_kv_dtype(self.kv_dtype)
         models.check_source(self.model, self.model_path, "auto")
         if self.method in (FULL, NO_CONTEXT):
             plain = self.compression_ratio is None and not self.method_params and self.head_budgets is None

@@ -1,7 +1,7 @@
 """Where the time of a decode step goes on a GPU, kernel by kernel: `python bench/step_profile.py --output FILE.json`.
 
-A batch of equal contexts decodes; a few steps are timed, then a few more are watched by torch.profiler. The file has, per
-step, how often each kernel ran and for how long, and how long the device did nothing.
+A batch of equal contexts decodes; a few steps are timed, then a few more are watched by torch.profiler. The file has,
+per step, how often each kernel ran and for how long, and how long the device did nothing.
 """
 
 from __future__ import annotations

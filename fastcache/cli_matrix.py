@@ -33,7 +33,7 @@ def _add_what(group: Any) -> None:
     )
     for alias in models.MODELS.values():
         group.add_argument(alias.flag, metavar="PATH", dest=_dest(alias), help=f"folder of {alias.title}")
-    group.add_argument("--compressor-path", metavar="FILE", help="checkpoint of the method 'mlp'")
+    group.add_argument("--compressor-path", metavar="FILE", help="checkpoint of the method 'mlp', or 'dummy'")
     group.add_argument(
         "--workloads", default="", help=f"of {', '.join(WORKLOADS)}; empty: those whose input is given"
     )

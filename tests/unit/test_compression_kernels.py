@@ -1,4 +1,5 @@
-"""The Triton kernels on a CPU, under Triton's interpreter: same sets and numbers as the reference.
+"""The Triton kernels on a CPU: under Triton's interpreter the same sets and numbers as the reference, and compiled for a
+GPU that need not be there.
 
 The interpreter must be chosen before Triton is imported, so the cases run in a process of their own. How fast the
 kernels are, and 16-bit arithmetic, is for tests/gpu.
@@ -21,10 +22,15 @@ CASES = ("kernel_cases.py", "ragged_kernel_cases.py", "paged_kernel_cases.py", "
 
 @pytest.mark.parametrize("cases", CASES)
 def test_kernels_equal_the_reference(cases):
+    run_alone(cases, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_for_an_h100(tmp_path):
+    run_alone("compile_cases.py", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def run_alone(cases, **variables):
     run = subprocess.run(
-        [sys.executable, FOLDER / cases],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
+        [sys.executable, FOLDER / cases], env={**os.environ, **variables}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr

@@ -1,5 +1,5 @@
-"""The Triton kernels on a CPU: under Triton's interpreter the same sets and numbers as the reference, and compiled for a
-GPU that need not be there.
+"""The Triton kernels on a CPU: under Triton's interpreter the same sets and numbers as the reference, and compiled
+for a GPU that need not be there.
 
 The interpreter must be chosen before Triton is imported, so the cases run in a process of their own. How fast the
 kernels are, and 16-bit arithmetic, is for tests/gpu.

@@ -1,4 +1,5 @@
-# A compressor of one's own: `snakemake results/compressors/smollm2-f5.safetensors`. Not part of `all`.
+# Compressors of one's own: `snakemake results/compressors/smollm2-f5.safetensors`, or `.../smollm2-kvzap.safetensors`. Not
+# part of `all`.
 
 
 rule training_text:
@@ -56,3 +57,28 @@ rule train_compressor:
     shell:
         "python -m fastcache.cli train-compressor --model {params.model} --text {input.train}"
         " --heldout {input.heldout} --factor {wildcards.factor} {params.settings} --output {output} > {log} 2>&1"
+
+
+rule train_scorer:
+    input:
+        weights=rules.train_compressor.input.weights,
+        train=rules.training_text.output.train,
+        heldout=rules.training_text.output.heldout,
+    output:
+        "results/compressors/smollm2-kvzap.safetensors",
+    log:
+        "results/logs/train_scorer/smollm2-kvzap.log",
+    benchmark:
+        "results/benchmarks/train_scorer/smollm2-kvzap.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    resources:
+        gpu=1,
+    params:
+        model=subpath(input.weights, parent=True),
+        settings="--windows 600",
+    message:
+        "Training networks that tell KVzip's scores from hidden states"
+    shell:
+        "python -m fastcache.cli train-scorer --model {params.model} --text {input.train}"
+        " --heldout {input.heldout} {params.settings} --output {output} > {log} 2>&1"

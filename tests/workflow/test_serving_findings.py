@@ -14,6 +14,10 @@ MEMORY, RATE = "share of KV memory in use saved by immediate release", "sustaine
 OVER_FULL = "sustained rate over that of the uncompressed cache"
 
 
+WORKLOAD = {"context": {"low": 384, "high": 1536}, "output": {"low": 32, "high": 96}, "arrivals": "poisson"}
+OTHER = WORKLOAD | {"output": {"low": 384, "high": 512}}
+
+
 def row(policy: str, rate: float, ttft: float, speed: float, **changes) -> dict:
     """A rate that is sustained, with everything in order, unless something is said."""
     values = {
@@ -37,7 +41,7 @@ def row(policy: str, rate: float, ttft: float, speed: float, **changes) -> dict:
         "num_pages": 101,
         "peak_running": 7,
         "pages_over_time": [{"before": 5, "compressed": 15, "whole": 0, "held": 0}],
-        "cell": {"workload": {"context": 640}},
+        "cell": {"workload": WORKLOAD},
     }
     return values | changes
 
@@ -159,9 +163,12 @@ def test_what_was_not_measured_is_said_where_policies_were_compared_and_left_out
 
 
 def test_other_requests_busy_hosts_and_static_policies_that_had_more_to_give_are_not_compared():
-    other = [r | {"cell": {"workload": {"context": 64}}} for r in GOOD if r["policy"] != "dynamic"]
-    assert by_name([*GOOD[:4], *other])[RATE].ours == 60.0
-    assert TTFT not in by_name([*GOOD[:4], *other])
+    other = [r | {"cell": {"workload": OTHER}} for r in GOOD if r["policy"] != "dynamic"]
+    found = by_name([*GOOD[:4], *other])
+    assert found[RATE].ours == 60.0 and TTFT not in found
+    assert found[RATE].where == "a-model (384-1536 + 32-96 tokens), snapkv x5"
+    both = claims([*GOOD, *(r | {"cell": {"workload": OTHER}} for r in GOOD)])
+    assert len(both) == 14 and sum("384-512 tokens" in claim.where for claim in both) == 7
     busy = [r | {"host_busy": r["policy"] == "p4c4d8"} for r in GOOD]
     assert "p1c1d8" in by_name(busy)[TTFT].where
     at_ease = [r for r in GOOD if r["sustained"]]

@@ -63,7 +63,7 @@ rule plot_serving:
     input:
         rows="{results}/serving.jsonl",
         script=script("plot_serving.py"),
-        style=script("plotting.py"),
+        style=[script("plotting.py"), script("serving_findings.py")],
     output:
         SERVING_FIGURES,
     log:

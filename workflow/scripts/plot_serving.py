@@ -13,6 +13,7 @@ import pandas as pd
 import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from serving_findings import told_apart
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5f6368", "#000000")
 STAGE_COLOURS = {
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where NAME.svg and NAME.csv of each go")
     args = parser.parse_args()
-    rows = plotting.read_rows(args.rows)
+    rows = told_apart(plotting.read_rows(args.rows))
     for name, draw in FIGURES.items():
         plt.rcParams["svg.hashsalt"] = name
         figure, points = draw(rows)

@@ -11,7 +11,7 @@ from typing import Any
 import plotting
 from plot_serving import FIGURES
 from render_report import data_uri, distinct, inline_svg, templates
-from serving_findings import claims, overview
+from serving_findings import claims, overview, told_apart
 
 
 def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figures: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def main() -> None:
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--title", default="Serving under load")
     args = parser.parse_args()
-    rows = plotting.read_rows(args.rows)
+    rows = told_apart(plotting.read_rows(args.rows))
     status = json.loads(args.status.read_text(encoding="utf-8"))
     page = templates(args.templates).get_template("serving.html.j2")
     part = args.output.with_suffix(".part")

@@ -86,19 +86,30 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     """Per model and compressed setting that was run under `dynamic`, what can be compared. Rates that were measured
     while something else kept the CPU busy are left out."""
     found: list[Claim] = []
-    for same in workloads([row for row in rows if not row["host_busy"]]):
-        for model, policy, setting, release in engines(same):
-            if policy == "dynamic" and setting != FULL and release:
-                found += _of_setting([row for row in same if row["model"] == model], model, setting)
+    calm = told_apart([row for row in rows if not row["host_busy"]])
+    for model, policy, setting, release in engines(calm):
+        if policy == "dynamic" and setting != FULL and release:
+            found += _of_setting([row for row in calm if row["model"] == model], model, setting)
     return found
 
 
-def workloads(rows: Sequence[Row]) -> list[list[Row]]:
-    """Only rows of the same requests can be compared."""
-    groups: dict[str, list[Row]] = {}
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with the lengths in the name of a model that served several workloads: only rows of the same requests
+    can be compared."""
+    asked: dict[str, set[str]] = {}
     for row in rows:
-        groups.setdefault(json.dumps(row["cell"]["workload"], sort_keys=True), []).append(row)
-    return list(groups.values())
+        asked.setdefault(row["model"], set()).add(json.dumps(row["cell"]["workload"], sort_keys=True))
+    several = {model for model, workloads in asked.items() if len(workloads) > 1}
+    return [row | {"model": _with_lengths(row)} if row["model"] in several else row for row in rows]
+
+
+def _with_lengths(row: Row) -> str:
+    workload = row["cell"]["workload"]
+    lengths = " + ".join(
+        f"{workload[part]['low']}-{workload[part]['high']}" for part in ("context", "output")
+    )
+    arrivals = "" if workload["arrivals"] == "poisson" else f", {workload['arrivals']} arrivals"
+    return f"{row['model']} ({lengths} tokens{arrivals})"
 
 
 def _of_setting(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:

@@ -30,8 +30,8 @@ def throughput(ours: Row, theirs: Row) -> str:
     prompts = ours["stage_share"]["prefill"] + ours["stage_share"]["mixed"]
     bound = ours["output_tok_s"] / prompts / theirs["output_tok_s"] if prompts else float("inf")
     return (
-        f"{said} Steps with prompts alone, as fast as they were and all the time, would be {bound:.1f} times; at most "
-        f"{ours['peak_running']} requests ran at once against {theirs['peak_running']}."
+        f"{said} Had all its time gone into steps with prompts, as fast as they were, it would be {bound:.1f} times; "
+        f"at most {ours['peak_running']} requests ran at once against {theirs['peak_running']}."
     )
 
 

@@ -26,6 +26,7 @@ from fastcache.config import (
 LINE = "{:24}{:>10}{:>10}{:>13}{:>9}{:>12}{:>13}\n"
 HEADER = ("method", "bound ms", "step ms", "us per layer", "share", "ns per token", "extra MiB")
 NOT_COUNTED = "-"
+TRAINED = ("kvzap", "mlp")
 # Those that need nothing but their name and see one prefill; the first of them can also read it back from pages.
 PAGED_METHODS = "streaming_llm,knorm,keydiff,random,snapkv,tova"
 DEFAULT_METHODS = f"{PAGED_METHODS},expected_attention,h2o,observed_attention"
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compressor-path",
         metavar="FILE",
-        help="checkpoint of the method 'mlp', or 'dummy' with dummy weights",
+        help="checkpoint of the method 'mlp' or 'kvzap', or 'dummy' with dummy weights",
     )
     parser.add_argument("--batch", type=positive_int, default=32, help="contexts that are prefilled")
     parser.add_argument("--context", type=positive_int, default=3968, help="tokens of each")
@@ -90,11 +91,13 @@ def _methods(args: argparse.Namespace) -> list[Any]:
 
     ratio = ratio_of_factor(args.factor)
     chosen = names("--methods", args.methods or (PAGED_METHODS if args.paged else DEFAULT_METHODS))
+    trained = [name for name in TRAINED if name in chosen]
     require(
-        args.compressor_path is None or "mlp" in chosen,
-        "--compressor-path is the checkpoint of the method 'mlp'; add it to --methods, or leave it out.",
+        args.compressor_path is None or len(trained) == 1 or (trained and args.compressor_path == "dummy"),
+        f"--compressor-path is the checkpoint of one method; --methods has {', '.join(trained) or 'none'} of "
+        f"{', '.join(TRAINED)}. Name one of them, or leave the path out.",
     )
-    given = {"mlp": {"checkpoint": args.compressor_path}}
+    given = {name: {"checkpoint": args.compressor_path} for name in trained}
     methods = [create(CompressionConfig(name, ratio, given.get(name, {}))) for name in chosen]
     for method in methods:
         if isinstance(method, EvictionMethod):
@@ -152,6 +155,8 @@ def _prefill(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         ratio_of_factor(args.factor),
         engine["page_size"],
         args.paged,
+        model.hidden_size,
+        args.load_format == "dummy",
     )
     return shape, {**facts, "sequences_per_step": shape.sequences, "paged": shape.paged}
 

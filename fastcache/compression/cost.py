@@ -22,6 +22,7 @@ import torch
 
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.cost_inputs import StepInputs, StepShape
+from fastcache.compression.states import StateRater
 from fastcache.compression.transform import BoundTransform
 from fastcache.config import require
 from fastcache.device.ceilings import Ceilings
@@ -32,7 +33,7 @@ Method = EvictionMethod | BoundTransform
 REPEATS = 7
 # What a prefill shows of itself, and which of it takes all of the step's queries.
 READS_QUERIES = frozenset({"attention_mass", "query_stats"})
-WATCHED = frozenset({"keys", "values", "window_queries"}) | READS_QUERIES
+WATCHED = frozenset({"keys", "values", "window_queries", "hidden_states"}) | READS_QUERIES
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,13 @@ def measure(method: Method, shape: StepShape, device: torch.device, ceilings: Ce
         f"method {method.name!r} needs {', '.join(sorted(beyond))}, which is more than one prefill shows; allowed are "
         f"methods that need no more than {', '.join(sorted(WATCHED))}.",
     )
-    seconds, extra = _step(method, shape, device)
+    rater = shape.rater(method, device)
+    seconds, extra = _step(method, shape, device, rater)
     one = dataclasses.replace(shape, sequences=1)
-    single = _step(method, one, device)[0] if shape.sequences > 1 else 0.0
+    single = _step(method, one, device, rater)[0] if shape.sequences > 1 else 0.0
     slope, fixed = _line(one.num_tokens, single, shape.num_tokens, seconds)
     cost = MethodCost(slope, fixed, extra)
-    return Measurement(cost, seconds, limit_seconds(method, shape, ceilings))
+    return Measurement(cost, seconds, limit_seconds(method, shape, ceilings, rater))
 
 
 def _line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, float]:
@@ -99,9 +101,11 @@ def _line(few: int, few_s: float, many: int, many_s: float) -> tuple[float, floa
     return slope, max(0.0, many_s - slope * many)
 
 
-def limit_seconds(method: Method, shape: StepShape, ceilings: Ceilings) -> float:
+def limit_seconds(
+    method: Method, shape: StepShape, ceilings: Ceilings, rater: StateRater | None = None
+) -> float:
     """No step of `method` is faster: it reads what it needs, reads and writes what it keeps, and multiplies; a
-    transform reads all and writes what it makes.
+    transform reads all and writes what it makes. rater: of a method of hidden states.
 
     Out of pages the same must move. Keys and values that a method needs are first brought together there, each read
     and written once more, which a kernel that follows page tables could do without.
@@ -115,9 +119,10 @@ def limit_seconds(method: Method, shape: StepShape, ceilings: Ceilings) -> float
     reads = entry * len(method.needs & {"keys", "values"}) + query * bool(method.needs & READS_QUERIES)
     if "attention_mass" in method.needs:
         reads += entry  # a mass is made of keys, whether or not the method sees them too
+    reads += shape.hidden_size * shape.dtype.itemsize if rater is not None else 0
     copies = 4 * entry * shape.sequences * shape.kept(method)  # keys and values, read and written
     products = shape.heads * shape.head_dim * shape.num_tokens
-    flops = 0.0
+    flops = rater.flops(shape.num_tokens) if rater is not None else 0.0
     if "attention_mass" in method.needs:
         flops += products * shape.context  # a multiply-add is two, half of all pairs are causal
     if "window_queries" in method.needs:
@@ -129,8 +134,10 @@ def limit_seconds(method: Method, shape: StepShape, ceilings: Ceilings) -> float
 
 
 @torch.inference_mode()
-def _step(method: Method, shape: StepShape, device: torch.device) -> tuple[float, int | None]:
-    inputs = StepInputs(method, shape, device)
+def _step(
+    method: Method, shape: StepShape, device: torch.device, rater: StateRater | None
+) -> tuple[float, int | None]:
+    inputs = StepInputs(method, shape, device, rater)
 
     def run() -> None:
         for layer in range(shape.num_layers):

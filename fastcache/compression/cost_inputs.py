@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastcache.compression.base import EvictionMethod, budget
 from fastcache.compression.layer import LayerCompressor
 from fastcache.compression.layer_transform import LayerTransformer
+from fastcache.compression.states import StateFit, StateMethod, StateRater
 from fastcache.compression.transform import BoundTransform
 from fastcache.compression.work import Computed, Packed, Rotation, Work
 from fastcache.kvcache.pool import KVPool, KVShape
@@ -28,6 +30,7 @@ class StepShape:
 
     heads, kv_heads, head_dim: of the model, of `num_layers` layers, in `dtype`. ratio: what is removed. paged: out of
     pages, as after a prefill in chunks or one that deferred it, and not out of the step's own keys and values.
+    hidden_size: for methods of hidden states. dummy_weights: the model's are, so a method's may be.
     """
 
     num_layers: int
@@ -40,6 +43,8 @@ class StepShape:
     ratio: float
     page_size: int = 16
     paged: bool = False
+    hidden_size: int = 0
+    dummy_weights: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -57,19 +62,31 @@ class StepShape:
         angles = torch.arange(self.context, device=device)[:, None] * inv_freq
         return Rotation(torch.stack((angles.cos(), angles.sin()), dim=1), inv_freq)
 
+    def rater(self, method: EvictionMethod | BoundTransform, device: torch.device) -> StateRater | None:
+        """Who rates hidden states for `method`, if anybody does."""
+        if not isinstance(method, StateMethod):
+            return None
+        sizes = (self.num_layers, self.hidden_size, self.kv_heads)
+        return method.rater(StateFit(*sizes, self.dtype, device, self.dummy_weights))
+
 
 class StepInputs:
-    """`layer(i)` compresses layer i of the step, as the engine does behind that layer's attention."""
+    """`layer(i)` compresses layer i of the step, as the engine does behind that layer's attention, and rates its hidden
+    states before, for a method that needs it."""
 
     def __init__(
-        self, method: EvictionMethod | BoundTransform, shape: StepShape, device: torch.device
+        self,
+        method: EvictionMethod | BoundTransform,
+        shape: StepShape,
+        device: torch.device,
+        rater: StateRater | None = None,
     ) -> None:
         self._method, self._shape, self._device = method, shape, device
         self._kept = shape.kept(method)
         self._own = pages_for(shape.context, shape.page_size) if shape.paged else 0
-        kv = KVShape(shape.num_layers, shape.kv_heads, shape.head_dim, shape.dtype)
+        kv = KVShape(shape.num_layers, shape.kv_heads, shape.head_dim, shape.dtype, rated=rater is not None)
         num_pages = shape.sequences * (self._own + pages_for(self._kept, shape.page_size)) + 1
-        pool = KVPool(kv, num_pages, shape.page_size, device)
+        pool = self._pool = KVPool(kv, num_pages, shape.page_size, device)
         if isinstance(method, BoundTransform):
             self._layers = LayerTransformer(method, pool, shape.num_layers)
         else:
@@ -79,6 +96,7 @@ class StepInputs:
         self._where = Packed.of(starts, lengths, device)
         self._work = self._make_work(num_pages, starts, lengths)
         self._step = self._computed()
+        self._rater, self._states = rater, self._hidden_states() if rater is not None else None
         if shape.paged:
             self._fill(pool)
 
@@ -109,11 +127,28 @@ class StepInputs:
         lse = torch.full((s.num_tokens, s.heads), LSE, device=self._device)
         return Computed(q, k, v, lse)
 
+    def _hidden_states(self) -> tuple[Tensor, Tensor]:
+        """(T, n), and the slots of their entries, (T,): -1 of those that are not stored."""
+        s = self._shape
+        generator = torch.Generator(self._device).manual_seed(1)
+        size = (s.num_tokens, s.hidden_size)
+        hidden = torch.randn(size, generator=generator, device=self._device, dtype=s.dtype)
+        if not s.paged:
+            return hidden, torch.full((s.num_tokens,), -1, device=self._device)
+        slots = self._work.table.long()[..., None] * s.page_size + torch.arange(
+            s.page_size, device=self._device
+        )
+        return hidden, slots.flatten(1)[:, : s.context].flatten()
+
     def layer(self, layer: int) -> None:
-        queries: Tensor | None = None
+        step, queries = self._step, None
+        if self._rater is not None:
+            hidden, slots = self._states
+            step = dataclasses.replace(step, ratings=self._rater.rate(layer, hidden))
+            self._pool.write_ratings(layer, step.ratings, slots)
         if "window_queries" in self._method.needs:
-            queries = self._step.q[self._work.window_rows].transpose(1, 2)
+            queries = step.q[self._work.window_rows].transpose(1, 2)
         if self._shape.paged:
             self._layers.stored(layer, self._work, queries)
         else:
-            self._layers.packed(layer, self._work, self._where, self._step, queries)
+            self._layers.packed(layer, self._work, self._where, step, queries)

@@ -88,6 +88,9 @@ class KVzapRater:
     def rate(self, layer: int, hidden: Tensor) -> Tensor:
         return rate(self._nets[layer], hidden)
 
+    def flops(self, num_tokens: int) -> float:
+        return 2.0 * num_tokens * sum(tensor.numel() for tensor in self._nets[0] if tensor.ndim == 2)
+
     def describe(self) -> dict[str, Any]:
         if self.path == DUMMY:
             return {"kind": DUMMY, "sha256": None, "hidden": self.hidden}

@@ -35,6 +35,10 @@ class StateRater(Protocol):
         """hidden: (T, n), what the attention of `layer` reads, model dtype. Returns (T, Hk) float32; higher stays."""
         ...
 
+    def flops(self, num_tokens: int) -> float:
+        """Floating-point operations of one layer over so many tokens; a multiply-add is two."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for whoever reads a result."""
         ...

@@ -73,9 +73,13 @@ class ScorerJob:
 
     def run(self, judge_windows: int, stop_after_s: float | None = None) -> dict[str, Any] | None:
         """Train, judge and write; returns the record, or None if `stop_after_s` came before the last step."""
+        before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
-        with sdpa_kernel(ATTENTION):
-            return self._run(judge_windows, stop_after_s)
+        try:
+            with sdpa_kernel(ATTENTION):
+                return self._run(judge_windows, stop_after_s)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
 
     def _run(self, judge_windows: int, stop_after_s: float | None) -> dict[str, Any] | None:
         model_id = f"{self.facts['model']['sha256']} {self.facts['dtype']}"

@@ -11,6 +11,7 @@ import torch
 from fastcache.cli import main
 from fastcache.compression.cost import MethodCost, limit_seconds, load_costs, measure, save_costs
 from fastcache.compression.cost_inputs import StepInputs, StepShape
+from fastcache.compression.kvzap import KVzap
 from fastcache.compression.mlp import MLP
 from fastcache.compression.registry import create
 from fastcache.compression.transform import ModelFit
@@ -76,12 +77,29 @@ def test_a_method_that_does_more_than_watch_a_prefill_is_refused():
         measure(method("kvzip"), SHAPE, torch.device("cpu"), CEILINGS)
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "knorm", "snapkv"])
+def test_hidden_states_are_read_and_multiplied():
+    scoring, device = KVzap(checkpoint="dummy"), torch.device("cpu")
+    shape = replace(SHAPE, hidden_size=64, dummy_weights=True)
+    rater = shape.rater(scoring, device)
+    copies = 2 * 2 * (2 * 16 * 4) * 3 * 75
+    moved = copies + 300 * 64 * 4
+    assert limit_seconds(scoring, shape, CEILINGS, rater) == pytest.approx(2 * moved / 1e9)
+    slow = Ceilings(copy_bytes_s=1e30, gemm_flop_s=1e9, dtype="float32")
+    products = 300 * (64 * 8 + 8 * 2)
+    assert limit_seconds(scoring, shape, slow, rater) == pytest.approx(2 * products * 2 / 1e9)
+    for paged in (False, True):
+        found = measure(scoring, replace(shape, paged=paged), device, CEILINGS)
+        assert found.cost.seconds(SHAPE.num_tokens) == pytest.approx(found.step_seconds)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "knorm", "snapkv", "kvzap"])
 def test_pages_give_what_the_step_s_own_tensors_give(name):
     """The two ways measure the same work: of the same content they leave the same pages."""
     kept = []
     for paged in (False, True):
-        inputs = StepInputs(method(name), replace(SHAPE, paged=paged), torch.device("cpu"))
+        shape, device = replace(SHAPE, paged=paged, hidden_size=64, dummy_weights=True), torch.device("cpu")
+        one = KVzap(checkpoint="dummy") if name == "kvzap" else method(name)
+        inputs = StepInputs(one, shape, device, shape.rater(one, device))
         inputs.layer(1)
         pool = inputs._layers.pool
         kept.append([x[:, :, :75] for x in pool.gather(1, inputs._work.fresh, SHAPE.kept(method(name)))])
@@ -118,13 +136,14 @@ def test_the_command_measures_dummy_networks(tmp_path, capsys):
 
     folder, path = write_tiny_llava(tmp_path / "llava", head_dim=16), tmp_path / "costs.json"
     arguments = (
-        f"cost --model {folder} --methods mlp,knorm --batch 2 --context 60 --factor 4 --output {path} --device cpu"
+        f"cost --model {folder} --methods mlp,kvzap,knorm --batch 2 --context 60 --factor 4 --output {path} --device cpu"
     ).split()
     assert main([*arguments, "--load-format", "dummy"]) == 2 and "checkpoint" in capsys.readouterr().err
     arguments += ["--compressor-path", "dummy"]
     assert main(arguments) == 2 and "load_format 'dummy'" in capsys.readouterr().err
     assert main([*arguments, "--load-format", "dummy"]) == 0
-    assert json.loads(path.read_text())["measured"]["mlp"]["share_of_prefill"] > 0
+    measured = json.loads(path.read_text())["measured"]
+    assert measured["mlp"]["share_of_prefill"] > 0 and measured["kvzap"]["share_of_prefill"] > 0
     assert main([*arguments[:4], "knorm", *arguments[5:]]) == 2
 
 

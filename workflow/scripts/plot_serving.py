@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from serving_findings import told_apart
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5f6368", "#000000")
@@ -39,10 +41,9 @@ Drawn = tuple[Figure, pd.DataFrame]
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per row, in order of engine and rate; `engine` is its name in legends."""
-    several = len({row["model"] for row in rows}) > 1
+    """One line per row; `engine` is policy and setting, its name in legends."""
     return pd.DataFrame(
-        {"engine": _engine(row, several)}
+        {"model": row["model"], "engine": _engine(row)}
         | {name: row[name] for name in PLAIN}
         | {
             f"{name}_{p}": (row[name] or {}).get(p)
@@ -54,76 +55,113 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     )
 
 
-def _engine(row: Row, several: bool) -> str:
+def _engine(row: Row) -> str:
     held = "" if row["immediate_release"] else ", pages held"
-    return f"{row['model'] + ': ' if several else ''}{row['policy']}, {row['setting']}{held}"
+    return f"{row['policy']}, {row['setting']}{held}"
 
 
-def lines(
-    ax: Axes, cells: pd.DataFrame, column: str, label: str, scale: float = 1.0, log: bool = False
-) -> None:
-    for number, (name, part) in enumerate(cells.groupby("engine", sort=False)):
+@dataclass(frozen=True)
+class Panel:
+    """A column of `frame` against the request rate."""
+
+    column: str
+    label: str
+    scale: float = 1.0
+    log: bool = False
+
+
+def curves(cells: pd.DataFrame, panels: Sequence[Sequence[Panel]], height: float) -> Figure:
+    """Rows of panels, for each model its own; a line per engine, of one colour for all models."""
+    models, engines = list(cells["model"].unique()), list(cells["engine"].unique())
+    names = [f"{model}/{i}" for model in models for i in range(len(panels))]
+    fig, axes = plotting.grid(names, [panel.column for panel in panels[0]], height=height)
+    for at, ax_row in enumerate(axes):
+        model, shown = models[at // len(panels)], panels[at % len(panels)]
+        part = cells[cells["model"] == model]
+        for ax, panel in zip(ax_row, shown, strict=True):
+            lines(ax, part, panel, engines)
+            ax.set_title(f"{model}\n{panel.label}" if len(models) > 1 else panel.label)
+    marks = [_line(engines, name, label=name) for name in engines]
+    columns = 3 if len(panels[0]) > 2 else 2
+    fig.legend(handles=marks, loc="outside upper center", ncols=columns)
+    return fig
+
+
+def lines(ax: Axes, cells: pd.DataFrame, panel: Panel, engines: Sequence[str]) -> None:
+    for name, part in cells.groupby("engine", sort=False):
         part = part.sort_values("rate")
-        ax.plot(
-            part["rate"],
-            part[column].astype(float) * scale,
-            marker=plotting.MARKERS[number % len(plotting.MARKERS)],
-            color=COLOURS[number % len(COLOURS)],
-            linestyle="-" if number < len(COLOURS) else "--",
-            markersize=4.5,
-            linewidth=1.3,
-            label=name,
-        )
-    ax.set_title(label)
+        line = _line(engines, name)
+        line.set_data(part["rate"], part[panel.column].astype(float) * panel.scale)
+        ax.add_line(line)
+    ax.autoscale_view()
     ax.set_xlabel("requests per second")
-    if log:
+    if panel.log:
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
 
 
-def legend(fig: Figure, ax: Axes) -> None:
-    handles, names = ax.get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=3)
+def _line(engines: Sequence[str], name: str, label: str | None = None) -> Line2D:
+    number = engines.index(name)
+    return Line2D(
+        [],
+        [],
+        marker=plotting.MARKERS[number % len(plotting.MARKERS)],
+        color=COLOURS[number % len(COLOURS)],
+        linestyle="-" if number < len(COLOURS) else "--",
+        markersize=4.5,
+        linewidth=1.3,
+        label=label,
+    )
 
 
 def latency(rows: Sequence[Row]) -> Drawn:
     cells = frame(rows)
-    fig, axes = plotting.grid(["mean", "p99"], list(DISTRIBUTIONS), height=2.7)
     names = ("TTFT, s", "time per output token, ms", "normalised latency, s per token")
-    for i, kind in enumerate(("mean", "p99")):
-        for j, (name, title) in enumerate(zip(DISTRIBUTIONS, names, strict=True)):
-            scale = 1000.0 if name == "tpot_s" else 1.0
-            lines(axes[i][j], cells, f"{name}_{kind}", f"{title} ({kind})", scale, log=name != "tpot_s")
-    legend(fig, axes[0][0])
-    return fig, cells[["engine", "rate", "status", *(c for c in cells if c.startswith(DISTRIBUTIONS))]]
+    panels = [
+        [
+            Panel(
+                f"{name}_{kind}", f"{title} ({kind})", 1000.0 if name == "tpot_s" else 1.0, name != "tpot_s"
+            )
+            for name, title in zip(DISTRIBUTIONS, names, strict=True)
+        ]
+        for kind in ("mean", "p99")
+    ]
+    return curves(cells, panels, 2.7), _shown(cells, [c for c in cells if c.startswith(DISTRIBUTIONS)])
 
 
 def throughput(rows: Sequence[Row]) -> Drawn:
     cells = frame(rows)
-    fig, axes = plotting.grid([""], ["tokens", "requests", "goodput"], height=2.8)
-    lines(axes[0][0], cells, "output_tok_s", "generated tokens per second")
-    lines(axes[0][1], cells, "requests_s", "finished requests per second")
-    lines(axes[0][2], cells, "goodput_requests_s", "goodput: requests per second within the SLO")
-    legend(fig, axes[0][0])
-    return fig, cells[["engine", "rate", "status", "output_tok_s", "requests_s", "goodput_requests_s"]]
+    panels = [
+        Panel("output_tok_s", "generated tokens per second"),
+        Panel("requests_s", "finished requests per second"),
+        Panel("goodput_requests_s", "requests per second within the SLO"),
+    ]
+    return curves(cells, [panels], 2.8), _shown(cells, [panel.column for panel in panels])
 
 
 def memory(rows: Sequence[Row]) -> Drawn:
     cells = frame(rows)
-    fig, axes = plotting.grid([""], ["mean", "peak"], height=2.8)
-    for ax, kind in zip(axes[0], ("mean", "peak"), strict=True):
-        lines(ax, cells, f"{kind}_kv_bytes", f"KV memory in use, {kind}, MiB", 2.0**-20)
-    legend(fig, axes[0][0])
-    return fig, cells[["engine", "rate", "status", "mean_kv_bytes", "peak_kv_bytes"]]
+    panels = [
+        Panel(f"{kind}_kv_bytes", f"KV memory in use, {kind}, MiB", 2.0**-20) for kind in ("mean", "peak")
+    ]
+    return curves(cells, [panels], 2.8), _shown(cells, [panel.column for panel in panels])
+
+
+def _shown(cells: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    return cells[["engine", "rate", "model", "status", *columns]]
 
 
 def stages(rows: Sequence[Row]) -> Drawn:
     """At every engine's highest rate."""
     cells = frame(rows)
-    top = cells.dropna(subset=["prefill"]).sort_values("rate").groupby("engine", sort=False).tail(1)
-    names = [f"{row.engine} at {row.rate:g}/s" for row in top.itertuples()]
-    fig, axes = plotting.grid([""], [""], width=7.5, height=max(1.8, 0.32 * len(top)))
+    measured = cells.dropna(subset=["prefill"]).sort_values("rate")
+    top = measured.groupby(["model", "engine"], sort=False).tail(1).sort_values("model", kind="stable")
+    several = cells["model"].nunique() > 1
+    names = [
+        f"{row.model + ': ' if several else ''}{row.engine} at {row.rate:g}/s" for row in top.itertuples()
+    ]
+    fig, axes = plotting.grid([""], [""], width=10 if several else 7.5, height=max(1.8, 0.3 * len(top)))
     ax, left = axes[0][0], [0.0] * len(top)
     for stage, colour in STAGE_COLOURS.items():
         shares = [float(value) for value in top[stage]]
@@ -134,37 +172,36 @@ def stages(rows: Sequence[Row]) -> Drawn:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5)
-    return fig, cells[["engine", "rate", "status", *STAGE_COLOURS]]
+    return fig, _shown(cells, list(STAGE_COLOURS))
 
 
 def pages(rows: Sequence[Row]) -> Drawn:
     """Pages in use at every engine's highest rate, by the stage of the requests that own them."""
-    several = len({row["model"] for row in rows}) > 1
-    last = {
-        _engine(row, several): row for row in sorted(rows, key=lambda r: r["rate"]) if row["pages_over_time"]
-    }
-    names = list(last)
-    columns = min(3, max(1, len(names)))
-    table = [names[i : i + columns] for i in range(0, len(names), columns)] or [[]]
+    highest = sorted(rows, key=lambda r: (r["model"], r["rate"]))
+    last = {(row["model"], _engine(row)): row for row in highest if row["pages_over_time"]}
+    several = len({model for model, _ in last}) > 1
+    keys = list(last)
+    columns = min(3, max(1, len(keys)))
+    table = [keys[i : i + columns] for i in range(0, len(keys), columns)] or [[]]
     fig, axes = plotting.grid([str(i) for i in range(len(table))], [str(i) for i in range(columns)], 3.4, 2.0)
     points = []
     for number, ax in enumerate(axes.flat):
-        if number >= len(names):
+        if number >= len(keys):
             ax.set_axis_off()
             continue
-        samples = last[names[number]]["pages_over_time"]
-        stacks = [[sample[kind] for sample in samples] for kind in PAGE_COLOURS]
-        times = [sample["time_s"] for sample in samples]
+        model, engine = keys[number]
+        row = last[keys[number]]
+        stacks = [[sample[kind] for sample in row["pages_over_time"]] for kind in PAGE_COLOURS]
+        times = [sample["time_s"] for sample in row["pages_over_time"]]
         ax.stackplot(
             times, stacks, colors=list(PAGE_COLOURS.values()), labels=list(PAGE_COLOURS), step="post"
         )
-        ax.set_title(f"{names[number]}\nat {last[names[number]]['rate']:g}/s", fontsize=7.5)
+        ax.set_title(f"{model}\n" * several + f"{engine} at {row['rate']:g}/s", fontsize=7.5)
         ax.set_xlabel("s")
         ax.set_ylabel("pages")
-        points += [
-            {"engine": names[number], "rate": last[names[number]]["rate"], **sample} for sample in samples
-        ]
-    if names:
+        known = {"engine": engine, "rate": row["rate"], "model": model}
+        points += [known | sample for sample in row["pages_over_time"]]
+    if keys:
         fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return fig, pd.DataFrame(points)
 

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import matplotlib.pyplot as plt
 import pytest
 import yaml
 from conftest import ROOT
-from serving_findings import claims, sustained_rate
+from plot_serving import FIGURES
+from serving_findings import claims, sustained_rate, told_apart
 
+from fastcache.bench.row import failure
 from fastcache.bench.serving.cells import ServingCell, expand_serving
 from fastcache.bench.serving.row import blank_rows
 
@@ -131,6 +134,31 @@ def test_serving_alone_ends_in_its_page_and_a_failed_rate_in_a_failed_run(workpl
     done = workplace.snakemake("--rerun-triggers", "mtime")
     assert done.returncode != 0 and f"OOM {cell.row_id(8.0)}: too small" in done.stdout
     assert "too small" in (workplace.folder / "results/serving.html").read_text(encoding="utf-8")
+
+
+def test_figures_of_several_workloads_and_of_a_model_that_failed(rows, tmp_path):
+    other = {"workload": {**rows[0]["cell"]["workload"], "output": {"low": 8, "high": 9}}}
+    longer = [row | {"cell": row["cell"] | other} for row in rows]
+    failed = [
+        row | failure("oom", "OutOfPages", "too small") | {"model": "large"}
+        for row in blank_rows(cell_of(rows[0]))
+    ]
+    every = told_apart([*rows, *longer, *failed])
+    assert {row["model"] for row in every} == {
+        "smollm2 (40-40 + 4-4 tokens)",
+        "smollm2 (40-40 + 8-9 tokens)",
+        "large",
+    }
+    for given in (every, failed):
+        for name, draw in FIGURES.items():
+            figure, points = draw(given)
+            figure.savefig(tmp_path / f"{name}.svg")
+            assert given is failed or set(points["model"]) >= {row["model"] for row in every} - {"large"}
+            plt.close(figure)
+
+
+def cell_of(row: dict) -> ServingCell:
+    return ServingCell.from_dict(row["cell"])
 
 
 def test_published_serving_rows_are_recognised_and_drawn(workplace, succeed, rows):

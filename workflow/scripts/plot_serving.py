@@ -81,7 +81,7 @@ def curves(cells: pd.DataFrame, panels: Sequence[Sequence[Panel]], height: float
         for ax, panel in zip(ax_row, shown, strict=True):
             lines(ax, part, panel, engines)
             ax.set_title(f"{model}\n{panel.label}" if len(models) > 1 else panel.label)
-    marks = [_line(engines, name, label=name) for name in engines]
+    marks = [Line2D([], [], **_style(engines, name), label=name) for name in engines]
     columns = 3 if len(panels[0]) > 2 else 2
     fig.legend(handles=marks, loc="outside upper center", ncols=columns)
     return fig
@@ -90,10 +90,7 @@ def curves(cells: pd.DataFrame, panels: Sequence[Sequence[Panel]], height: float
 def lines(ax: Axes, cells: pd.DataFrame, panel: Panel, engines: Sequence[str]) -> None:
     for name, part in cells.groupby("engine", sort=False):
         part = part.sort_values("rate")
-        line = _line(engines, name)
-        line.set_data(part["rate"], part[panel.column].astype(float) * panel.scale)
-        ax.add_line(line)
-    ax.autoscale_view()
+        ax.plot(part["rate"], part[panel.column].astype(float) * panel.scale, **_style(engines, name))
     ax.set_xlabel("requests per second")
     if panel.log:
         ax.set_yscale("log")
@@ -101,18 +98,15 @@ def lines(ax: Axes, cells: pd.DataFrame, panel: Panel, engines: Sequence[str]) -
         ax.set_ylim(bottom=0)
 
 
-def _line(engines: Sequence[str], name: str, label: str | None = None) -> Line2D:
+def _style(engines: Sequence[str], name: str) -> dict[str, Any]:
     number = engines.index(name)
-    return Line2D(
-        [],
-        [],
-        marker=plotting.MARKERS[number % len(plotting.MARKERS)],
-        color=COLOURS[number % len(COLOURS)],
-        linestyle="-" if number < len(COLOURS) else "--",
-        markersize=4.5,
-        linewidth=1.3,
-        label=label,
-    )
+    return {
+        "marker": plotting.MARKERS[number % len(plotting.MARKERS)],
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": "-" if number < len(COLOURS) else "--",
+        "markersize": 4.5,
+        "linewidth": 1.3,
+    }
 
 
 def latency(rows: Sequence[Row]) -> Drawn:

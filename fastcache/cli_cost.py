@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.cli_types import names, number, positive_int
-from fastcache.compression.registry import create
+from fastcache.compression.registry import TRAINED, create
 from fastcache.config import (
     DEVICES,
     LOAD_FORMATS,
@@ -26,7 +26,6 @@ from fastcache.config import (
 LINE = "{:24}{:>10}{:>10}{:>13}{:>9}{:>12}{:>13}\n"
 HEADER = ("method", "bound ms", "step ms", "us per layer", "share", "ns per token", "extra MiB")
 NOT_COUNTED = "-"
-TRAINED = ("kvzap", "mlp")
 # Those that need nothing but their name and see one prefill; the first of them can also read it back from pages.
 PAGED_METHODS = "streaming_llm,knorm,keydiff,random,snapkv,tova"
 DEFAULT_METHODS = f"{PAGED_METHODS},expected_attention,h2o,observed_attention"

@@ -7,16 +7,14 @@ import itertools
 import sys
 from typing import Any
 
+from fastcache.cli_compression import add_compression, compression_of
 from fastcache.cli_types import count, number, positive_int
-from fastcache.compression.registry import METHODS
 from fastcache.config import (
     DEVICES,
     DTYPES,
     KV_DTYPES,
     LOAD_FORMATS,
-    CompressionConfig,
     SamplingParams,
-    one_of,
     require,
 )
 
@@ -39,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=count, default=0, help="0: off")
     parser.add_argument("--top-p", type=number, default=1.0, help="1: off")
     parser.add_argument("--seed", type=count, default=0, help="of the sampling")
-    parser.add_argument("--method", help=f"compress with one of {', '.join(METHODS)}")
-    parser.add_argument("--compression-factor", type=number, help="5 keeps a fifth; needs --method")
+    add_compression(parser)
     parser.add_argument("--load-format", default="auto", help=f"{' or '.join(LOAD_FORMATS)}")
     parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     parser.add_argument(
@@ -65,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         "load_format": args.load_format,
         "max_model_len": args.max_model_len,
         "max_num_seqs": len(args.prompts),
-        "compression": _compression(args),
+        "compression": compression_of(args),
     }
     prompts = _prompts(args)
     from fastcache import LLM  # torch loads here, after the arguments were found to be right
@@ -99,15 +96,6 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
         {"prompt": text, "images": list(itertools.islice(images, count))}
         for text, count in zip(args.prompts, wanted, strict=True)
     ]
-
-
-def _compression(args: argparse.Namespace) -> CompressionConfig | None:
-    if args.method is None:
-        require(args.compression_factor is None, "--compression-factor needs --method, the way to compress.")
-        return None
-    one_of("method", args.method, tuple(METHODS))
-    factor = 5.0 if args.compression_factor is None else args.compression_factor
-    return CompressionConfig.from_dict({"method": args.method, "compression_factor": factor})
 
 
 def _chat(tokenizer: Any, text: str, images: list[str]) -> Any:

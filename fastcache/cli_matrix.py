@@ -10,7 +10,7 @@ from fastcache.bench import models
 from fastcache.bench.axes import complete_split
 from fastcache.bench.matrix import VARIANTS, WORKLOADS
 from fastcache.cli_types import count, names, number, positive_int, values
-from fastcache.compression.registry import METHODS
+from fastcache.compression.registry import METHODS, TRAINED
 from fastcache.config import DEVICES, DTYPES, KV_DTYPES, LOAD_FORMATS, one_of, require
 
 
@@ -33,7 +33,7 @@ def _add_what(group: Any) -> None:
     )
     for alias in models.MODELS.values():
         group.add_argument(alias.flag, metavar="PATH", dest=_dest(alias), help=f"folder of {alias.title}")
-    group.add_argument("--compressor-path", metavar="FILE", help="checkpoint of the method 'mlp', or 'dummy'")
+    group.add_argument("--compressor-path", metavar="FILE", help="checkpoint of 'mlp' or 'kvzap', or 'dummy'")
     group.add_argument(
         "--workloads", default="", help=f"of {', '.join(WORKLOADS)}; empty: those whose input is given"
     )
@@ -157,16 +157,17 @@ def _models(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.compressor_path is not None and args.method is None and "llava-mlp" in entries:
         entries["llava-mlp"]["methods"] = [_method(args, "mlp")]
         return entries
+    trained = set(TRAINED) & set(names("--method", args.method or "snapkv"))
     require(
-        args.compressor_path is None or "mlp" in names("--method", args.method or "snapkv"),
-        "--compressor-path is the checkpoint of the method 'mlp'; add `--method mlp`, or leave it out.",
+        args.compressor_path is None or len(trained) == 1 or (trained and args.compressor_path == "dummy"),
+        "--compressor-path is the checkpoint of one method; add `--method mlp` or `--method kvzap`, or leave it out.",
     )
     return entries
 
 
 def _method(args: argparse.Namespace, name: str) -> str | dict[str, Any]:
-    """A method by its name, and 'mlp' with the checkpoint it was given."""
-    if name != "mlp" or args.compressor_path is None:
+    """A method by its name, and one with trained weights with the checkpoint it was given."""
+    if name not in TRAINED or args.compressor_path is None:
         return name
     return {"name": name, "params": {"checkpoint": args.compressor_path}}
 

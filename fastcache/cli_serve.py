@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastcache.cli_compression import add_compression, compression_of
 from fastcache.cli_types import count, number, positive_int
-from fastcache.compression.registry import METHODS
-from fastcache.config import DEVICES, DTYPES, LOAD_FORMATS, POLICIES, CompressionConfig, one_of, require
+from fastcache.config import DEVICES, DTYPES, LOAD_FORMATS, POLICIES, require
 
 API_KEY_VARIABLE = "FASTCACHE_API_KEY"
 
@@ -50,8 +50,7 @@ def _add_server(group: Any) -> None:
 
 
 def _add_engine(group: Any) -> None:
-    group.add_argument("--method", help=f"compress with one of {', '.join(METHODS)}")
-    group.add_argument("--compression-factor", type=number, help="5 keeps a fifth; needs --method")
+    add_compression(group)
     group.add_argument(
         "--policy", default="dynamic", help=f"{', '.join(POLICIES)}, or pXcYdZ for fixed batches"
     )
@@ -93,15 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Errors: `ConfigError`, `UnknownName`."""
-    compression = None
-    if args.method is not None:
-        one_of("method", args.method, tuple(METHODS))
-        factor = 5.0 if args.compression_factor is None else args.compression_factor
-        compression = CompressionConfig.from_dict({"method": args.method, "compression_factor": factor})
-    require(
-        args.method is not None or args.compression_factor is None,
-        "--compression-factor needs --method, the way to compress.",
-    )
+    compression = compression_of(args)
     return {
         "dtype": args.dtype,
         "device": args.device,

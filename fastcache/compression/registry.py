@@ -37,6 +37,8 @@ METHODS: dict[str, str] = {
 }
 # These make new entries; the others choose among the stored ones.
 TRANSFORMS = frozenset({"mlp"})
+# These have trained weights, which their parameter `checkpoint` names.
+TRAINED = ("kvzap", "mlp")
 
 
 def method_class(name: str) -> type[EvictionMethod] | type[TransformMethod]:

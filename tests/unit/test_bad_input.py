@@ -116,6 +116,12 @@ def test_a_wrong_value_is_answered_with_what_is_allowed(capsys, tmp_path, monkey
         ("generate hi --model x --temperature -1", "temperature"),
         ("generate hi --model x --top-p 1.5", "top_p"),
         ("generate hi --model x --compression-factor 5", "--method"),
+        ("generate hi --model x --method knorm --compressor-path f.pth", "kvzap or mlp"),
+        ("generate hi --model x --compressor-path f.pth", "--method"),
+        (
+            "bench --models qwen3-8b --load-format dummy --method kvzap,mlp --compressor-path f.pth",
+            "one method",
+        ),
         ("generate hi --model x --image a.png", "0 <image> and 1 --image"),
         ("generate a b --model x --image a.png --chat", "one prompt"),
         ("cell nothing.json --output row.json", "nothing.json"),

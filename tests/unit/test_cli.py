@@ -313,3 +313,6 @@ def test_generate_prints_a_text_per_prompt(tiny_model, capsys):
     assert main([*arguments, "ab", "cd"]) == 0
     assert capsys.readouterr().out.endswith("\n")
     assert main([*arguments, "--method", "knorm", "abcdefgh"]) == 0
+    dummy = ["--load-format", "dummy", "--method", "kvzap", "--compressor-path", "dummy"]
+    assert main([*arguments, *dummy, "abcdefgh"]) == 0
+    assert main([*arguments, *dummy[2:], "abcdefgh"]) == 2

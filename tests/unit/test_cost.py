@@ -136,7 +136,8 @@ def test_the_command_measures_dummy_networks(tmp_path, capsys):
 
     folder, path = write_tiny_llava(tmp_path / "llava", head_dim=16), tmp_path / "costs.json"
     arguments = (
-        f"cost --model {folder} --methods mlp,kvzap,knorm --batch 2 --context 60 --factor 4 --output {path} --device cpu"
+        f"cost --model {folder} --methods mlp,kvzap,knorm --batch 2 --context 60 --factor 4 --output {path} "
+        "--device cpu"
     ).split()
     assert main([*arguments, "--load-format", "dummy"]) == 2 and "checkpoint" in capsys.readouterr().err
     arguments += ["--compressor-path", "dummy"]

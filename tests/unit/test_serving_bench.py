@@ -126,6 +126,25 @@ def test_a_trace_gives_its_lengths_and_its_arrivals_scaled_to_the_rate():
         load(trace=TRACE, context={"low": 9000, "high": 9001}, output=5)
 
 
+def test_a_prompt_set_gives_the_prompts_that_fit(tmp_path):
+    texts = ["a" * n for n in (5, 12, 18, 30)]
+    lines = ({"messages": [{"role": "user", "content": text}]} for text in texts)
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    words = Vocabulary(1000, lambda text: [ord(letter) for letter in text], 999, 8)
+    sent = {"context": {"low": 10, "high": 20}, "output": 3, "dataset": str(tmp_path / "set.jsonl")}
+    made = plan_arrivals(cell(workload=sent).workload, 5.0, 2.0, 0, words)
+    assert {len(a.request.prompt_token_ids) for a in made} == {12, 18}
+    assert {a.request.max_tokens for a in made} == {3} and len(made) > 4
+    again = plan_arrivals(cell(workload=sent).workload, 10.0, 2.0, 0, words)
+    assert [a.request for a in again][: len(made)] == [a.request for a in made]
+    seen = plan_arrivals(cell(workload=sent | {"images": 1}).workload, 5.0, 2.0, 0, words)
+    assert {len(a.request.prompt_token_ids) for a in seen} == {8 + 5, 8 + 12}
+    with pytest.raises(DatasetError, match="none of 4 prompts has 50 to 60 tokens"):
+        plan_arrivals(cell(workload=sent | {"context": {"low": 50, "high": 60}}).workload, 5.0, 2.0, 0, words)
+    with pytest.raises(ConfigError, match="give one"):
+        cell(workload=sent | {"trace": TRACE})
+
+
 def test_a_trace_without_times_says_so(tmp_path):
     (tmp_path / "t.csv").write_text("ContextTokens,GeneratedTokens\n5,5\n6,5\n", encoding="utf-8")
     with pytest.raises(DatasetError, match="TIMESTAMP is None"):

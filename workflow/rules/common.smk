@@ -148,9 +148,9 @@ def serving_rows_of(wildcards):
 
 
 def serving_model_files(wildcards):
-    """What an engine reads, besides a trace."""
+    """What an engine reads."""
     cell = SERVING[wildcards.serving_cell]
-    files = [cell.workload.trace] if cell.workload.trace else []
+    files = [file for file in (cell.workload.trace, cell.workload.dataset) if file]
     if cell.model_path is None:
         return files
     if cell.model_path == str(Path(rules.get_smollm2.output.weights).parent):

@@ -1,7 +1,7 @@
 """The `serving` section of a config, and the cells it stands for. Imports no torch.
 
     serving:
-      workload:  {context, output: lengths; arrivals: poisson | fixed | trace; trace: a CSV; images}
+      workload:  {context, output: lengths; arrivals: poisson | fixed | trace; trace: a CSV; dataset; images}
       runs:      [{models, policies, methods, compression_factors, immediate_release, rates}]
       rates:     requests per second, where a run names none of its own
       window_s:  how long requests arrive; drain_s: how long the last ones may take after that
@@ -81,12 +81,14 @@ class LengthConfig(StrictConfig):
 @dataclass(frozen=True)
 class OpenLoopConfig(StrictConfig):
     """Which requests come, and when. `context` and `output` are lengths in tokens; with a `trace` they are the bounds
-    of what its rows ask for. `images` pictures per request are part of its context."""
+    of what its rows ask for. `dataset` is a prompt set, file or folder; those of its prompts are sent that fit `context`.
+    `images` pictures per request are part of its context."""
 
     context: LengthConfig
     output: LengthConfig
     arrivals: str = "poisson"
     trace: str | None = None
+    dataset: str | None = None
     images: int = 0
 
     def __post_init__(self) -> None:
@@ -98,6 +100,10 @@ class OpenLoopConfig(StrictConfig):
         require(
             self.arrivals != "trace" or self.trace is not None,
             "arrivals 'trace' needs `trace`: a CSV with TIMESTAMP, ContextTokens, GeneratedTokens.",
+        )
+        require(
+            self.trace is None or self.dataset is None,
+            "serving.workload has a `trace` and a `dataset`, and both say how long prompts are; give one.",
         )
         require(
             isinstance(self.images, int) and self.images >= 0,

@@ -16,7 +16,7 @@ from datetime import datetime
 from fastcache.bench.cellconfig import WorkloadConfig
 from fastcache.bench.datasets import TraceRow, read_trace
 from fastcache.bench.pictures import text_tokens, with_pictures
-from fastcache.bench.prompts import PlannedRequest, Vocabulary, random_ids
+from fastcache.bench.prompts import Order, PlannedRequest, Vocabulary, fill, random_ids
 from fastcache.bench.serving.cells import LengthConfig, OpenLoopConfig
 from fastcache.errors import DatasetError
 
@@ -34,14 +34,18 @@ def plan_arrivals(
 ) -> list[Arrival]:
     """The requests of one window, in the order they arrive. Errors: `DatasetError`, `UnsupportedCombination`."""
     rows = _usable(workload) if workload.trace is not None else []
+    prompts: list[list[int]] = []
     if workload.arrivals == "trace":
         times = trace_times(rows, rate, window_s, str(workload.trace))
     elif workload.arrivals == "fixed":
         times = [i / rate for i in range(max(1, round(rate * window_s)))]
     else:
         times = poisson_times(rate, window_s, random.Random(f"{seed}/arrivals"))
+    if workload.dataset is not None:
+        prompts = _prompts(workload, len(times), seed, vocabulary)
     return [
-        Arrival(time, _request(workload, number, rows, seed, vocabulary)) for number, time in enumerate(times)
+        Arrival(time, _request(workload, number, rows, prompts, seed, vocabulary))
+        for number, time in enumerate(times)
     ]
 
 
@@ -96,8 +100,27 @@ def _usable(workload: OpenLoopConfig) -> list[TraceRow]:
     return usable
 
 
+def _prompts(workload: OpenLoopConfig, count: int, seed: int, vocabulary: Vocabulary) -> list[list[int]]:
+    """`count` prompts of a set, in seeded order, over and over if it has fewer that fit."""
+    high = text_tokens(_pictures(workload, workload.context.high), workload.context.high, vocabulary)
+    pictures = workload.context.high - high
+    low = max(1, workload.context.low - pictures)
+    given = WorkloadConfig("light-dataset", high, dataset_dir=workload.dataset, min_prompt_tokens=low)
+    requests, _, _ = fill(Order(given, high, count, 1, seed, vocabulary))
+    return [request.prompt_token_ids for request in requests]
+
+
+def _pictures(workload: OpenLoopConfig, context: int) -> WorkloadConfig:
+    return WorkloadConfig("synthetic-long", context=context, images=workload.images)
+
+
 def _request(
-    workload: OpenLoopConfig, number: int, rows: Sequence[TraceRow], seed: int, vocabulary: Vocabulary
+    workload: OpenLoopConfig,
+    number: int,
+    rows: Sequence[TraceRow],
+    prompts: Sequence[list[int]],
+    seed: int,
+    vocabulary: Vocabulary,
 ) -> PlannedRequest:
     rng = random.Random(f"{seed}/request/{number}")
     if rows:
@@ -105,8 +128,9 @@ def _request(
         context, output = min(row.context, workload.context.high), row.output
     else:
         context, output = draw_length(workload.context, rng), draw_length(workload.output, rng)
-    pictures = WorkloadConfig("synthetic-long", context=context, output=output, images=workload.images)
-    ids = random_ids(rng, text_tokens(pictures, context, vocabulary), vocabulary.size)
+    pictures = _pictures(workload, context)
+    texts = text_tokens(pictures, context, vocabulary)
+    ids = prompts[number] if prompts else random_ids(rng, texts, vocabulary.size)
     return with_pictures(PlannedRequest(ids, output), pictures, number, seed, vocabulary)
 
 

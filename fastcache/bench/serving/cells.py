@@ -81,8 +81,8 @@ class LengthConfig(StrictConfig):
 @dataclass(frozen=True)
 class OpenLoopConfig(StrictConfig):
     """Which requests come, and when. `context` and `output` are lengths in tokens; with a `trace` they are the bounds
-    of what its rows ask for. `dataset` is a prompt set, file or folder; those of its prompts are sent that fit `context`.
-    `images` pictures per request are part of its context."""
+    of what its rows ask for. `dataset` is a prompt set, a file or a folder, of which the prompts that fit `context`
+    are sent. `images` pictures per request are part of its context."""
 
     context: LengthConfig
     output: LengthConfig

@@ -251,6 +251,7 @@ def test_warming_up_brings_up_every_small_batch_and_as_many_as_a_policy_can_have
     llm._runner.launch = lambda step, seeds: (sizes.append(step.decode_tokens), launch(step, seeds))[1]
     warm_up(llm, plan_arrivals(one.workload, 8.0, 1.0, 0, Vocabulary(320, None)), 24)
     assert set(range(1, 9)) <= set(sizes) and max(sizes) > 16
+    assert llm.stats().mixed_steps > 0 and not llm.has_unfinished()
 
 
 def test_pictures_are_served_and_warming_up_looks_at_few(tmp_path):
@@ -267,7 +268,7 @@ def test_pictures_are_served_and_warming_up_looks_at_few(tmp_path):
     words = Vocabulary(320, None, IMAGE_TOKEN, llm.describe()["tokens_per_image"])
     arrivals = plan_arrivals(one.workload, 10.0, 0.5, 0, words)
     warm_up(llm, arrivals, 32)
-    assert len(set(looked)) == 24
+    assert len(set(looked)) == 24 + 8  # of the full batch, and of those that come one by one
     llm.close()
     (row,) = measure(one, lambda _: None)["rows"]
     jsonschema.Draft202012Validator(SCHEMA).validate(row)

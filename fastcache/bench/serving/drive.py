@@ -33,7 +33,8 @@ class Recording:
 
 
 def warm_up(llm: Any, arrivals: Sequence[Arrival], max_num_seqs: int) -> None:
-    """Everything that a first time costs: whole prompts, and each decode batch size on the way down from a full batch.
+    """Everything that a first time costs: whole prompts, each decode batch size on the way down from a full batch, and
+    prompts that arrive while others decode.
 
     Beyond the first few, prompts are short: it is the number of sequences that is still new then. The last ones end
     one by one, since small batches have sizes of their own.
@@ -45,6 +46,13 @@ def warm_up(llm: Any, arrivals: Sequence[Arrival], max_num_seqs: int) -> None:
         tokens = 2 + i // SEQS_PER_STEP + max(0, i - max(0, max_num_seqs - SEQS_PER_STEP))
         params.append(SamplingParams(max_tokens=min(request.max_tokens, tokens), ignore_eos=True))
     llm.generate(prompts, params)
+    for i in range(min(SEQS_PER_STEP, max_num_seqs)):
+        request = arrivals[i % len(arrivals)].request
+        few = min(request.max_tokens, 2 * SEQS_PER_STEP)
+        llm.add_request(request.prompt, SamplingParams(max_tokens=few, ignore_eos=True))
+        llm.step()
+    while llm.has_unfinished():
+        llm.step()
 
 
 def _text(request: PlannedRequest) -> list[int]:

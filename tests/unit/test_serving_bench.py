@@ -66,9 +66,21 @@ def test_a_section_becomes_a_cell_per_engine_with_all_its_rates():
     assert [ServingCell.from_dict(json.loads(json.dumps(c.to_dict()))) for c in cells] == cells
 
 
+def test_a_run_may_name_variants_and_triad_keeps_the_slo_of_a_token():
+    runs = [{"policies": ["default"], "variants": ["compression-only", "triad"], "methods": ["knorm"]}]
+    fixed, triad = expand_serving(CONFIG | {"serving": SECTION | {"runs": runs}})
+    assert (fixed.variant, fixed.scheduled_by) == ("compression-only", "default")
+    assert (triad.variant, triad.scheduled_by) == ("triad", "triad") and fixed.id != triad.id
+    assert {"tuning", "tpot_bound_s"} & set(engine_options(fixed)) == set()
+    assert engine_options(triad)["tuning"] == "all" and engine_options(triad)["tpot_bound_s"] == 0.1
+    assert [row["policy"] for row in blank_rows(triad)] == ["triad"] * 2
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [
+        ({"runs": [{"variants": ["triad"], "methods": ["knorm"]}]}, ConfigError, "takes no policy 'dynamic'"),
+        ({"runs": [{"policies": ["default"], "variants": ["triad"]}]}, UnknownName, "baseline"),
         ({"rate": [1]}, UnknownName, "rates"),
         ({"rates": [0]}, ConfigError, "positive number"),
         ({"runs": [{"policy": ["fcfs"]}]}, UnknownName, "policies"),
@@ -173,6 +185,10 @@ def test_the_numbers_of_a_row_by_hand():
         "p50"
     ] == pytest.approx(1.0)
     assert row["tpot_s"]["mean"] == pytest.approx((0.1 + 0.05) / 2)
+    gaps = [
+        after - before for o in outputs[:2] for before, after in itertools.pairwise(o.metrics.token_times_s)
+    ]
+    assert row["token_gap_s"]["mean"] == pytest.approx(statistics.fmean(gaps))
     assert row["normalised_latency_s"]["mean"] == pytest.approx((0.4 / 3 + 1.05 / 2) / 2)
     assert row["queue_s"]["mean"] == pytest.approx(0.3)
     assert row["output_tok_s"] == pytest.approx(0.5) and row["throughput_tok_s"] == pytest.approx(2.5)
@@ -206,6 +222,19 @@ def test_an_engine_under_load_gives_valid_rows_and_a_record_of_every_token(tiny_
         assert sum(len(r["token_times_s"]) for r in records) == row["output_tokens"]
         assert all(r["arrival_s"] <= r["token_times_s"][0] for r in records)
     assert result["rows"][1]["requests"] > result["rows"][0]["requests"]
+
+
+def test_triad_under_load_measures_before_its_rates_and_its_rows_say_what_it_decided(tiny_model):
+    folder = tiny_model("llama", 4, 2, 16, 48, 2, False)
+    options = {"method": "knorm", "compression_factor": 2, "policy": "default", "variant": "triad"}
+    limits = {"max_num_batched_tokens": 128, "slo_tpot_s": 0.05}
+    result = measure(tiny_cell(folder, rates=[40], **options, **limits), lambda _: None)
+    (row,) = result["rows"]
+    jsonschema.Draft202012Validator(SCHEMA).validate(row)
+    assert row["status"] == "ok", row["error"]
+    costs = row["decisions"]["costs"]
+    assert costs["decode_fixed_s"] and costs["prefill_s_per_token"]
+    assert {d["about"] for d in row["decisions"]["decisions"]} >= {"compression", "place"}
 
 
 def test_an_untrained_compressor_is_for_an_untrained_model_alone_and_its_rows_say_so(tiny_model):

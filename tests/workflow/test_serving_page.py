@@ -44,7 +44,9 @@ def spread(value: float) -> dict[str, float]:
 
 def rows_of(cell: ServingCell) -> list[dict]:
     """Measured rows whose numbers follow from the policy, the method and the rate."""
-    slow = {"dynamic": 1.0, "p1c1d8": 30.0}[cell.policy] * (2.0 if cell.method == "full" else 1.0)
+    slow = {"dynamic": 1.0, "p1c1d8": 30.0, "default": 4.0, "triad": 1.0}[cell.scheduled_by] * (
+        2.0 if cell.method == "full" else 1.0
+    )
     held = 1.0 if cell.immediate_release else 2.0
     state = {"before": 1, "compressed": 2, "whole": 0, "held": 0, "running": 1, "waiting": 0}
     counts = dict.fromkeys(
@@ -73,7 +75,10 @@ def rows_of(cell: ServingCell) -> list[dict]:
             **dict.fromkeys(("throughput_tok_s", "output_tok_s", "requests_s", "goodput_requests_s"), speed),
             "slo_attainment": 0.5,
             "ttft_s": spread(0.1 * row["rate"] * slow),
-            **{name: spread(0.01 * slow) for name in ("tpot_s", "e2e_s", "normalised_latency_s", "queue_s")},
+            **{
+                name: spread(0.01 * slow)
+                for name in ("tpot_s", "token_gap_s", "e2e_s", "normalised_latency_s", "queue_s")
+            },
             "sustained": 0.2 * row["rate"] * slow <= 2.0,
             "peak_pages": 5,
             "peak_kv_bytes": 5000,
@@ -108,6 +113,23 @@ def test_claims_are_computed_from_the_rows_and_marked(rows):
     )
 
 
+def test_isolation_is_judged_at_the_highest_calm_rate_of_both():
+    runs = [{"policies": ["default"], "variants": ["compression-only", "triad"], "methods": ["knorm"]}]
+    section = SERVING | {"runs": runs, "rates": [2, 4, 40]}
+    made = [row for cell in expand_serving(CONFIG | {"serving": section}) for row in rows_of(cell)]
+    for row in made:  # prompts first: overloaded at 40 requests per second, where it does 6
+        if row["policy"] == "default":
+            row |= {"requests_s": min(row["rate"], 6.0), "sustained": row["rate"] < 40}
+    found = {claim.what: claim for claim in claims(made)}
+    tpot = found["p99 TPOT, prompts first over triad"]
+    assert tpot.ours == pytest.approx(4.0) and tpot.verdict == "reached" and "at 4 requests/s" in tpot.where
+    assert found["p99 time between two tokens, prompts first over triad"].ours == pytest.approx(4.0)
+    assert found["p99 TTFT, prompts first over triad"].ours == pytest.approx(4.0)
+    assert found["throughput, triad over prompts first"].ours == pytest.approx(4.0)
+    calm = [row for row in made if row["rate"] < 40]  # without knowing saturation nothing is said
+    assert all(claim.verdict == "not measured" for claim in claims(calm))
+
+
 def test_a_rate_counts_as_sustained_only_if_all_lower_ones_are():
     made = [{"rate": rate, "sustained": ok} for rate, ok in ((4, True), (1, True), (2, False))]
     assert sustained_rate(made) == 1 and sustained_rate([]) is None
@@ -120,9 +142,9 @@ def test_serving_alone_ends_in_its_page_and_a_failed_rate_in_a_failed_run(workpl
     (workplace.folder / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     succeed(workplace.snakemake())
     page = (workplace.folder / "results/serving.html").read_text(encoding="utf-8")
-    assert "up to 19.3 times lower" in page and "our own target" in page and page.count("<svg") == 5
+    assert "up to 19.3 times lower" in page and "our own target" in page and page.count("<svg") == 6
     assert "https://" not in page.replace("http://www.w3.org", "")
-    for name in ("latency", "throughput", "memory", "stages", "pages"):
+    for name in ("latency", "spread", "throughput", "memory", "stages", "pages"):
         table = (workplace.folder / f"results/figures/serving_{name}.csv").read_text(encoding="utf-8")
         assert table.startswith("engine,rate")
     cell = expand_serving(CONFIG)[0]

@@ -44,7 +44,7 @@ QUALITY_COMMAND = os.environ.get("FASTCACHE_QUALITY_COMMAND", "fastcache quality
 SERVING_COMMAND = os.environ.get("FASTCACHE_SERVING_COMMAND", "fastcache serving-cell")
 SERVING_FIGURES = expand(
     "{{results}}/figures/serving_{figure}.{kind}",
-    figure=["latency", "throughput", "memory", "stages", "pages"],
+    figure=["latency", "spread", "throughput", "memory", "stages", "pages"],
     kind=["svg", "csv"],
 )
 

@@ -1,4 +1,4 @@
-"""The serving figures, each with the CSV of its numbers: latency, throughput, memory, stages, pages over time."""
+"""The serving figures, each with the CSV of its numbers: latency and its spread, throughput, memory, stages, pages."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ STAGE_COLOURS = {
 }
 PAGE_COLOURS = {"before": "#0072B2", "compressed": "#D55E00", "whole": "#5f6368", "held": "#E69F00"}
 DISTRIBUTIONS = ("ttft_s", "tpot_s", "normalised_latency_s")
+SPREADS = {"tpot_s": "time per output token, requests", "token_gap_s": "time between two tokens, all"}
+PERCENTILES = ("p50", "p90", "p99")
 PLAIN = (
     "rate",
     "output_tok_s",
@@ -124,6 +126,30 @@ def latency(rows: Sequence[Row]) -> Drawn:
     return curves(cells, panels, 2.7), _shown(cells, [c for c in cells if c.startswith(DISTRIBUTIONS)])
 
 
+def spread(rows: Sequence[Row]) -> Drawn:
+    """How the time per output token spreads over requests, and that between two tokens over all of them, at every
+    engine's highest sustained rate."""
+    several = len({row["model"] for row in rows}) > 1
+    top = {_engine(r, several): r for r in sorted(rows, key=lambda r: r["rate"]) if r["sustained"]}
+    fig, axes = plotting.grid([""], list(SPREADS), height=max(2.0, 0.6 + 0.32 * len(top)))
+    points = []
+    for ax, (field, title) in zip(axes[0], SPREADS.items(), strict=True):
+        for name, row in top.items():
+            values = {p: 1e3 * row[field][p] for p in PERCENTILES} if row.get(field) else {}
+            ax.plot(list(values.values()), [name] * len(values), color="#9aa0a6", lw=1.3, zorder=1)
+            for number, (p, value) in enumerate(values.items()):
+                ax.scatter(value, name, color=COLOURS[number], s=24, label=p, zorder=2)
+            points.append({"engine": name, "rate": row["rate"], "what": field, **values})
+        ax.set_title(title)
+        ax.set_xlabel("ms")
+        ax.set_xscale("log")
+        ax.invert_yaxis()
+    named = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    if named:
+        fig.legend(named.values(), named.keys(), loc="outside upper center", ncols=3)
+    return fig, pd.DataFrame(points)
+
+
 def throughput(rows: Sequence[Row]) -> Drawn:
     cells = frame(rows)
     panels = [
@@ -202,6 +228,7 @@ def pages(rows: Sequence[Row]) -> Drawn:
 
 FIGURES: dict[str, Callable[[Sequence[Row]], Drawn]] = {
     "serving_latency": latency,
+    "serving_spread": spread,
     "serving_throughput": throughput,
     "serving_memory": memory,
     "serving_stages": stages,

@@ -14,6 +14,8 @@ HEADLINE_POLICY = "p1c1d8"  # the configuration behind the paper's headline
 LOADED = 2.0  # a static policy still sustains a rate if its TPOT is within so many times its unloaded one
 STABLE_RATE = 40.0  # requests per second up to which the paper calls itself stable
 FULL = "full"
+TRIAD, FIXED = "triad", "default"
+LOAD = 0.75  # of saturation: isolation is judged at the highest rate up to it
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,15 @@ def sustained_edge(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Per model and compressed setting that was run under `dynamic`, what can be compared. Rates that were measured
-    while something else kept the CPU busy are left out."""
+    """Per model and compressed setting that was run under `dynamic` or `triad`, what can be compared. Rates that were
+    measured while something else kept the CPU busy are left out."""
     found: list[Claim] = []
     calm = told_apart([row for row in rows if not row["host_busy"]])
     for model, policy, setting, release in engines(calm):
         if policy == "dynamic" and setting != FULL and release:
             found += _of_setting([row for row in calm if row["model"] == model], model, setting)
+        if policy == TRIAD and release:
+            found += _isolation([row for row in calm if row["model"] == model], model, setting)
     return found
 
 
@@ -175,6 +179,40 @@ def _pairs(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Rows of the same rate."""
     by_rate = {row["rate"]: row for row in theirs}
     return [(row, by_rate[row["rate"]]) for row in ours if row["rate"] in by_rate]
+
+
+def _isolation(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:
+    """What decoding is spared of other requests' prefill, against the same engine that takes prompts first."""
+    ours, fixed = (measured(rows, setting=setting, policy=p, immediate_release=True) for p in (TRIAD, FIXED))
+    most = [row["requests_s"] for row in fixed if row["finished"] < row["requests"] or not row["sustained"]]
+    calm = [(a, b) for a, b in _pairs(ours, fixed) if most and b["rate"] <= LOAD * max(most)]
+    pair = [(a, b) for a, b in calm if a["tpot_s"] and b["tpot_s"]][-1:]
+
+    def compared(what: str, wanted: float, ratio: Callable[[Row, Row], float]) -> Claim:
+        found = Found(ratio(*pair[0]), *pair[0]) if pair else Found()
+        return _claim(what, "", wanted, found, reasons.isolation)
+
+    said = [
+        compared(
+            "p99 TPOT, prompts first over triad", 2.0, lambda a, b: b["tpot_s"]["p99"] / a["tpot_s"]["p99"]
+        ),
+        compared(
+            "p99 time between two tokens, prompts first over triad",
+            2.0,
+            lambda a, b: b["token_gap_s"]["p99"] / a["token_gap_s"]["p99"],
+        ),
+        compared(
+            "p99 TTFT, prompts first over triad",
+            1 / 1.2,
+            lambda a, b: b["ttft_s"]["p99"] / a["ttft_s"]["p99"],
+        ),
+        compared(
+            "throughput, triad over prompts first",
+            0.97,
+            lambda a, b: a["throughput_tok_s"] / b["throughput_tok_s"],
+        ),
+    ]
+    return [replace(claim, where=f"{model}, {setting}{claim.where}") for claim in said]
 
 
 def _most(ours: Sequence[Row], theirs: Sequence[Row], ratio: Callable[[Row, Row], float]) -> Found:

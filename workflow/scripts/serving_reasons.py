@@ -70,3 +70,13 @@ def sustained(last: Row, failed: Row | None) -> str:
 def over_full(ours: tuple[Row, Row | None], full: tuple[Row, Row | None]) -> str:
     """(highest sustained row, the next one) of the compressed and of the uncompressed cache."""
     return f"Compressed: {sustained(*ours)} Uncompressed: {sustained(*full)}"
+
+
+def isolation(ours: Row, theirs: Row) -> str:
+    parts = []
+    for row in (ours, theirs):
+        ttft, tpot, gap = (1e3 * row[what]["p99"] for what in ("ttft_s", "tpot_s", "token_gap_s"))
+        parts.append(
+            f"{shares(row)}, p99 of TTFT {ttft:.0f} ms, TPOT {tpot:.1f} ms, between two tokens {gap:.1f} ms"
+        )
+    return "; ".join(parts) + "."

@@ -13,7 +13,7 @@ import yaml
 from make_table import as_csv, judge, write
 
 Row = dict[str, Any]
-NESTED = ("pages_over_time", "device")
+NESTED = ("pages_over_time", "device", "decisions")
 
 
 def read_rows(sources: list[Path]) -> list[Row]:

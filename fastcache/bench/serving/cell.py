@@ -17,7 +17,7 @@ from typing import Any
 from fastcache.bench.cell import busy_host, classify, engine_facts, vocabulary
 from fastcache.bench.options import common_options
 from fastcache.bench.row import failure, write_json
-from fastcache.bench.serving.cells import FULL, ServingCell
+from fastcache.bench.serving.cells import FULL, TRIAD, ServingCell
 from fastcache.bench.serving.drive import drive, warm_up
 from fastcache.bench.serving.metrics import request_records, summarise
 from fastcache.bench.serving.row import ENGINE_FACTS, blank_rows
@@ -29,6 +29,7 @@ from fastcache.errors import UserError
 
 log = logging.getLogger(__name__)
 CPU_WARMUP_SEQS = 2
+MEASURING_S = 3.0  # of other arrivals, in which an engine that decides measures its costs
 
 
 def measure(
@@ -63,11 +64,15 @@ def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None
             arrivals = plan_arrivals(cell.workload, row["rate"], cell.window_s, cell.seed, words)
             if not warm:
                 warm_up(llm, arrivals, CPU_WARMUP_SEQS if kind == "cpu" else warm_sequences(cell))
+                if cell.variant == TRIAD:
+                    before = plan_arrivals(cell.workload, row["rate"], MEASURING_S, cell.seed + 1, words)
+                    drive(llm, before, MEASURING_S + cell.drain_s)
                 warm = True
             others = OtherLoad()
             recording = drive(llm, arrivals, cell.window_s + cell.drain_s)
             said = busy_host(known["device"], others.cores())
             row |= summarise(cell, recording, page_bytes)
+            row["decisions"] = llm.decisions() if cell.variant == TRIAD else None
             row |= {"status": "ok", "host_busy": bool(said), "notes": notes(row) + said}
             result["requests"][row["row_id"]] = request_records(recording)
             save(result)
@@ -92,6 +97,7 @@ def engine_options(cell: ServingCell) -> dict[str, Any]:
         **common_options(cell),
         "max_num_seqs": cell.max_num_seqs,
         "compression": compression,
+        **({"tuning": "all", "tpot_bound_s": cell.slo_tpot_s} if cell.variant == TRIAD else {}),
     }
 
 

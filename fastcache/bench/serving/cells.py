@@ -2,7 +2,7 @@
 
     serving:
       workload:  {context, output: lengths; arrivals: poisson | fixed | trace; trace: a CSV; dataset; images}
-      runs:      [{models, policies, methods, compression_factors, immediate_release, rates}]
+      runs:      [{models, policies, variants, methods, compression_factors, immediate_release, rates}]
       rates:     requests per second, where a run names none of its own
       window_s:  how long requests arrive; drain_s: how long the last ones may take after that
       slo:       {ttft_s, tpot_s}; sustained_ttft_s: the p99 TTFT up to which a rate counts as sustained
@@ -10,7 +10,8 @@
 
 A length is a number, or {low, high} (uniform), or {median, sigma, low, high} (log-normal, clipped). The method `full`
 is the uncompressed cache; any other is a name or {name, params}. A cell is one engine and all its rates: an engine
-starts once, a row is one rate.
+starts once, a row is one rate. Variants are compression-only and triad, which schedules by itself (so it goes with the
+policy `default` alone) and keeps the SLO's time per token where it can; `full` has none.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from fastcache.bench import models
 from fastcache.bench.axes import ENGINE_KEYS, check_keys
+from fastcache.bench.serving.requests import OpenLoopConfig, positive
 from fastcache.compression.registry import METHODS
-from fastcache.config import StrictConfig, check_policy, one_of, positive_int, ratio_of_factor, require
+from fastcache.config import StrictConfig, check_policy, one_of, ratio_of_factor, require
 
 FULL = "full"
-ARRIVALS = ("poisson", "fixed", "trace")
 SERVING_KEYS = (
     "workload",
     "runs",
@@ -41,74 +42,8 @@ SERVING_KEYS = (
     "seed",
     "timeout_s",
 )
-RUN_KEYS = ("models", "policies", "methods", "compression_factors", "immediate_release", "rates")
-
-
-def positive(name: str, value: Any) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    require(good, f"{name} is {value!r}; allowed is a positive number.")
-
-
-@dataclass(frozen=True)
-class LengthConfig(StrictConfig):
-    """How many tokens. low == high is fixed; with a median the length is log-normal, else uniform."""
-
-    low: int
-    high: int
-    median: float | None = None
-    sigma: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("low", "high"):
-            positive_int(f"a length's {name}", getattr(self, name))
-        require(self.low <= self.high, f"a length has low {self.low} above high {self.high}.")
-        require(
-            (self.median is None) == (self.sigma is None), "a log-normal length needs a median and a sigma."
-        )
-        for name in ("median", "sigma"):
-            if getattr(self, name) is not None:
-                positive(f"a length's {name}", getattr(self, name))
-
-    @classmethod
-    def read(cls, name: str, value: Any) -> Self:
-        if isinstance(value, int):
-            return cls(value, value)
-        require(isinstance(value, Mapping), f"{name} is {value!r}; allowed is a number or a distribution.")
-        require({"low", "high"} <= set(value), f"{name} needs `low` and `high`.")
-        return cls.from_dict(value)
-
-
-@dataclass(frozen=True)
-class OpenLoopConfig(StrictConfig):
-    """Which requests come, and when. `context` and `output` are lengths in tokens; with a `trace` they are the bounds
-    of what its rows ask for. `dataset` is a prompt set, a file or a folder, of which the prompts that fit `context`
-    are sent. `images` pictures per request are part of its context."""
-
-    context: LengthConfig
-    output: LengthConfig
-    arrivals: str = "poisson"
-    trace: str | None = None
-    dataset: str | None = None
-    images: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("context", "output"):
-            value = getattr(self, name)
-            if not isinstance(value, LengthConfig):
-                object.__setattr__(self, name, LengthConfig.read(f"serving.workload.{name}", value))
-        one_of("serving.workload.arrivals", self.arrivals, ARRIVALS)
-        require(
-            self.arrivals != "trace" or self.trace is not None,
-            "arrivals 'trace' needs `trace`: a CSV with TIMESTAMP, ContextTokens, GeneratedTokens.",
-        )
-        require(
-            self.trace is None or self.dataset is None,
-            "serving.workload has a `trace` and a `dataset`, and both say how long prompts are; give one.",
-        )
-        require(
-            isinstance(self.images, int) and self.images >= 0,
-            f"serving.workload.images is {self.images!r}; allowed is 0 or a positive integer.",
-        )
+RUN_KEYS = ("models", "policies", "variants", "methods", "compression_factors", "immediate_release", "rates")
+BASELINE, FIXED, TRIAD = "baseline", "compression-only", "triad"
 
 
 @dataclass(frozen=True)
@@ -122,6 +57,7 @@ class ServingCell(StrictConfig):
     workload: OpenLoopConfig
     rates: tuple[float, ...]
     policy: str = "dynamic"
+    variant: str | None = None
     method: str = FULL
     compression_factor: float | None = None
     method_params: Mapping[str, Any] = field(default_factory=dict)
@@ -160,6 +96,7 @@ class ServingCell(StrictConfig):
             object.__setattr__(self, name, float(getattr(self, name)))
         check_policy(self.policy)
         models.check_source(self.model, self.model_path, self.load_format)
+        self._check_variant()
         if self.method == FULL:
             none = self.compression_factor is None and not self.method_params
             require(none, "method 'full' takes no compression_factor and no params.")
@@ -167,6 +104,20 @@ class ServingCell(StrictConfig):
         one_of("serving method", self.method, (FULL, *METHODS))
         ratio_of_factor(self.compression_factor)
         object.__setattr__(self, "compression_factor", float(self.compression_factor))
+
+    def _check_variant(self) -> None:
+        allowed = (BASELINE,) if self.method == FULL else (FIXED, TRIAD)
+        object.__setattr__(self, "variant", self.variant or allowed[0])
+        one_of(f"serving variant with method {self.method!r}", self.variant, allowed)
+        require(
+            self.variant != TRIAD or self.policy == "default",
+            f"variant 'triad' schedules by itself, so it takes no policy {self.policy!r}; give policies: [default].",
+        )
+
+    @property
+    def scheduled_by(self) -> str:
+        """What says which stage runs next: a policy, or `triad`."""
+        return TRIAD if self.variant == TRIAD else self.policy
 
     @property
     def model_len(self) -> int:
@@ -191,7 +142,7 @@ class ServingCell(StrictConfig):
         parts = [
             "serving",
             self.model,
-            self.policy,
+            self.scheduled_by,
             self.method if self.method == FULL else self._method.replace(" x", "-f"),
         ]
         parts += [] if self.immediate_release else ["held"]
@@ -243,17 +194,24 @@ def _points(
     axes = (
         run.get("models") or list(known),
         run.get("policies") or ["dynamic"],
+        run.get("variants") or [None],
         run.get("methods") or [FULL],
         run.get("compression_factors") or [5],
         run.get("immediate_release") or [engine.get("immediate_release", True)],
     )
-    for name, policy, method, factor, release in itertools.product(*axes):
+    for name, policy, variant, method, factor, release in itertools.product(*axes):
         one_of("model of serving.runs", name, tuple(known))
         entry = known[name]
         options = {key: value for key, value in {**engine, **entry}.items() if key in ENGINE_KEYS}
         source = {"model_path": entry.get("path"), "load_format": entry.get("load_format", "auto")}
         what = _method(method, factor)
-        point = {"model": name, "policy": policy, "immediate_release": release, "rates": rates}
+        point = {
+            "model": name,
+            "policy": policy,
+            "variant": variant,
+            "immediate_release": release,
+            "rates": rates,
+        }
         yield {**options, **source, **point, **what}
 
 

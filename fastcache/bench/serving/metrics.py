@@ -48,6 +48,7 @@ def summarise(cell: ServingCell, recording: Recording, page_bytes: int) -> dict[
         "slo_attainment": len(met) / len(outputs),
         "ttft_s": spread,
         "tpot_s": _distribution([value for m in done if (value := _tpot(m)) is not None]),
+        "token_gap_s": _distribution(_gaps(done)),
         "e2e_s": _distribution([m.finished_s - m.arrival_s for m in done]),
         "normalised_latency_s": _distribution([(m.finished_s - m.arrival_s) / m.output_tokens for m in done]),
         "queue_s": _distribution([_queue(m) for m in begun]),
@@ -100,6 +101,12 @@ def _tpot(metrics: RequestMetrics) -> float | None:
     if metrics.output_tokens < 2:
         return None
     return (metrics.finished_s - metrics.first_token_s) / (metrics.output_tokens - 1)
+
+
+def _gaps(done: Sequence[RequestMetrics]) -> list[float]:
+    """Between two tokens that arrived one after the other, of all requests."""
+    pairs = itertools.chain.from_iterable(itertools.pairwise(m.token_times_s) for m in done)
+    return [after - before for before, after in pairs]
 
 
 def _distribution(values: Sequence[float]) -> dict[str, float] | None:

@@ -24,6 +24,7 @@ MEASURED = (
     "slo_attainment",
     "ttft_s",
     "tpot_s",
+    "token_gap_s",
     "e2e_s",
     "normalised_latency_s",
     "queue_s",
@@ -39,6 +40,7 @@ MEASURED = (
     "compressed_requests",
     "too_short_to_compress",
     "host_busy",
+    "decisions",
 )
 
 
@@ -57,7 +59,8 @@ def _blank(cell: ServingCell, rate: float) -> dict[str, Any]:
         "status": None,
         "error": None,
         "model": cell.model,
-        "policy": cell.policy,
+        "policy": cell.scheduled_by,
+        "variant": cell.variant,
         "method": cell.method,
         "setting": cell.setting,
         "compression_factor": cell.compression_factor,

@@ -17,7 +17,7 @@ from fastcache.bench.cellconfig import WorkloadConfig
 from fastcache.bench.datasets import TraceRow, read_trace
 from fastcache.bench.pictures import text_tokens, with_pictures
 from fastcache.bench.prompts import Order, PlannedRequest, Vocabulary, fill, random_ids
-from fastcache.bench.serving.cells import LengthConfig, OpenLoopConfig
+from fastcache.bench.serving.requests import LengthConfig, OpenLoopConfig
 from fastcache.errors import DatasetError
 
 

@@ -52,7 +52,7 @@ def reasons(engine: Engine, about: str) -> set[str]:
     return {d["reason"] for d in engine.tuner.report()["decisions"] if d["about"] == about}
 
 
-@pytest.mark.parametrize(("context", "count"), [(3968, 64), (2048, 256)])
+@pytest.mark.parametrize(("context", "count"), [(3968, 64), (3072, 64), (2048, 64), (2048, 256)])
 def test_the_model_gives_what_was_recorded(context, count):
     row = recorded("compression-only", context, count)
     asked = closed(count, context, row["output_used"])

@@ -233,8 +233,9 @@ def test_triad_under_load_measures_before_its_rates_and_its_rows_say_what_it_dec
     jsonschema.Draft202012Validator(SCHEMA).validate(row)
     assert row["status"] == "ok", row["error"]
     costs = row["decisions"]["costs"]
-    assert costs["decode_fixed_s"] and costs["prefill_s_per_token"]
-    assert {d["about"] for d in row["decisions"]["decisions"]} >= {"compression", "place"}
+    assert costs["decode_fixed_s"] is not None and costs["prefill_s_per_token"] > 0
+    decided = [d["count"] for d in row["decisions"]["decisions"] if d["about"] == "compression"]
+    assert sum(decided) == row["requests"]
 
 
 def test_an_untrained_compressor_is_for_an_untrained_model_alone_and_its_rows_say_so(tiny_model):

@@ -8,6 +8,7 @@ Runs on any machine: nothing of it touches a device. Medians over many steps, in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import statistics
@@ -25,7 +26,7 @@ from fastcache.engine.tuner import Tuner
 
 log = logging.getLogger("policy_overhead")
 BYTES_PER_TOKEN = 147_456  # Qwen3-8B, bfloat16
-PLACES, CHUNKS = ("inline", "beside:16", "beside:8", "after:16"), (2048, 4096, 8192)
+PLACES, CHUNKS = ("inline", "beside:16", "beside:8", "after:16"), (256, 512, 1024, 2048, 4096)
 
 
 def sequences(count: int, decoding: bool) -> list[Sequence]:
@@ -53,12 +54,20 @@ def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
     decode = Step(tuple(Chunk(s, s.num_computed, s.kv_len, 1, sample=True) for s in active), decode=True)
     prompts = tuple(Chunk(s, 0, 0, 2048, sample=True, kept=410) for s in queued[:8])
     prefill = Step(prompts, decode=False, place="inline")
+    riding = decode.chunks
+    mixed = [
+        Step((Chunk(queued[0], 0, 0, chunk, sample=False), *riding), decode=False, decode_rows=running)
+        for chunk in CHUNKS
+    ]
     for _ in range(10):
         tuner.observe(decode, 0.008, 0.0, False)
-        tuner.observe(prefill, 0.5, 0.004, False)
+        for place in PLACES:
+            tuner.observe(dataclasses.replace(prefill, place=place), 0.5, 0.004, False)
+        for step in mixed:
+            tuner.observe(step, 0.03, 0.0, False)
 
     def load():
-        return load_of(0.0, active, queued, 32_768, True)
+        return load_of(0.0, active, queued, 32_768, True, running)
 
     def decode_step():
         tuner.turns(load())
@@ -70,7 +79,14 @@ def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
         tuner.taken(prefill)
         tuner.observe(prefill, 0.5, 0.004, False)
 
+    def mixed_step():
+        tuner.turns(load())
+        tuner.place()
+        tuner.taken(mixed[1])
+        tuner.observe(mixed[1], 0.03, 0.0, False)
+
     return {
+        "mixed_step_us": microseconds(mixed_step, repeats),
         "queues_us": microseconds(load, repeats),
         "decode_step_us": microseconds(decode_step, repeats),
         "prefill_step_us": microseconds(prefill_step, repeats),

@@ -23,9 +23,9 @@ def amounts(step: Step, bytes_per_token: int) -> Amounts:
     first_row = len(step.chunks) - step.decode_tokens
     prompts, rows = step.chunks[:first_row], step.chunks[first_row:]
     return Amounts(
-        tokens=0 if step.decode else step.num_tokens,
+        tokens=0 if step.decode else sum(c.length for c in prompts) + len(rows),
         pairs=sum(c.length * (c.kv_start + c.length / 2) for c in prompts),
-        kv_bytes=bytes_per_token * sum(c.kv_start + 1 for c in rows),
+        kv_bytes=bytes_per_token * (sum([c.kv_start for c in rows]) + len(rows)),
         compressed=sum(c.kv_start + c.length for c in prompts if c.kept),
         contexts=sum(1 for c in prompts if c.kept),
     )

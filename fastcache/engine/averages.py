@@ -63,12 +63,10 @@ class Middle:
 
     def __init__(self) -> None:
         self.count = 0
+        self.value: float | None = None
         self._last: deque[float] = deque(maxlen=LAST)
 
     def add(self, x: float, y: float) -> None:
         self.count += 1
         self._last.append(y / x)
-
-    @property
-    def value(self) -> float | None:
-        return statistics.median(self._last) if self._last else None
+        self.value = statistics.median(self._last)

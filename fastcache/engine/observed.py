@@ -102,7 +102,7 @@ class Observed:
             self._observe_decode(work, elapsed_s, decode[0] + base, under_way)
             lost = 0.0
         elif step.decode_rows:
-            self._observe_mixed(step, elapsed_s - compression_s, base)
+            self._observe_mixed(work.tokens - step.decode_rows, elapsed_s - compression_s, base)
             lost = elapsed_s - compression_s - base - decode[0]
         else:
             self._observe_prefill(step, work, elapsed_s, compression_s, base)
@@ -129,8 +129,8 @@ class Observed:
         self._predicted("decode", expected_s, elapsed_s, self._decode.count)
         self._decode.add(1.0, work.kv_bytes, elapsed_s)
 
-    def _observe_mixed(self, step: Step, elapsed_s: float, base_s: float) -> None:
-        tokens = step.prefill_tokens
+    def _observe_mixed(self, tokens: int, elapsed_s: float, base_s: float) -> None:
+        """tokens: of its prompts."""
         chunk = next((each for each in self.limits.chunks if each >= tokens), None)
         # The last piece of a prompt may be small: it says little about a full chunk.
         if chunk is None or 2 * tokens <= chunk or not self._prefill.count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from fastcache.core import Sequence
 from fastcache.engine.stages import Load, Queue
@@ -11,7 +11,7 @@ from fastcache.engine.stages import Load, Queue
 def load_of(
     now_s: float,
     running: Iterable[Sequence],
-    waiting: Iterable[Sequence],
+    waiting: Collection[Sequence],
     enough: int,
     blocked: bool,
     at_once: int,
@@ -26,14 +26,16 @@ def load_of(
         elif not seq.decoding:
             prefill.append(seq.ready_s)
             tokens += seq.num_tokens - seq.num_computed
-        elif not seq.exhausted:
+        elif (
+            seq.num_sampled < seq.request.sampling.max_tokens
+        ):  # not `exhausted`: this runs for all, every step
             decode.append(seq.ready_s)
-    count = len(prefill)
-    for seq in waiting:  # a queue may be long: its tokens matter only until a step is full
-        count += 1
-        if tokens < enough:
-            prefill.append(seq.ready_s)
-            tokens += seq.num_tokens
+    count = len(prefill) + len(waiting)
+    for seq in waiting:  # a queue may be long: it matters only until a step is full
+        if tokens >= enough:
+            break
+        prefill.append(seq.ready_s)
+        tokens += seq.num_tokens
     return Load(
         now_s,
         Queue(count, min(prefill, default=now_s)),

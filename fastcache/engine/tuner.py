@@ -137,7 +137,8 @@ class Tuner:
     def taken(self, step: Step) -> None:
         """A prefill step is being launched as decided: remember why."""
         tried = False
-        if any(chunk.kept or chunk.defer for chunk in step.chunks):
+        prompts = step.chunks[: len(step.chunks) - step.decode_rows]
+        if any(chunk.kept or chunk.defer for chunk in prompts):
             place, reason = self._place()
             self._trials[place] += reason == TRIED
             tried = reason == TRIED and place != self.limits.places[0]  # the fixed one would have run anyway

@@ -331,3 +331,18 @@ def test_policies_are_an_axis_and_each_has_its_own_baseline():
     assert {e.rule for e in cells.excluded} == {"balances-itself"}
     by_id = {c.id: c for c in cells.cells}
     assert all(by_id[c.baseline_id].policy == c.policy for c in cells.cells)
+
+
+def test_triad_is_compared_with_the_cells_of_the_compression_table():
+    """Where both configs ran in one checkout, these are measured once."""
+    table, triad = (
+        {
+            c.id: c
+            for c in expand(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()), ("report",)).cells
+        }
+        for name in ("h100-compression", "triad")
+    )
+    assert set(table) <= set(triad)
+    own = [c for c in triad.values() if c.variant == "triad"]
+    asked = {(c.model, c.workload, c.batch_size) for c in own}
+    assert {(c.model, c.workload, c.batch_size) for c in table.values()} <= asked

@@ -15,6 +15,11 @@ LOADED = 2.0  # a static policy still sustains a rate if its TPOT is within so m
 STABLE_RATE = 40.0  # requests per second up to which the paper calls itself stable
 FULL = "full"
 TRIAD, FIXED = "triad", "default"
+ISOLATION = (
+    ("TPOT", "tpot_s", 2.0),
+    ("time between two tokens", "token_gap_s", 2.0),
+    ("TTFT", "ttft_s", 1 / 1.2),
+)
 LOAD = 0.75  # of saturation: isolation is judged at the highest rate up to it
 
 
@@ -187,32 +192,19 @@ def _isolation(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:
     most = [row["requests_s"] for row in fixed if row["finished"] < row["requests"] or not row["sustained"]]
     calm = [(a, b) for a, b in _pairs(ours, fixed) if most and b["rate"] <= LOAD * max(most)]
     pair = [(a, b) for a, b in calm if a["tpot_s"] and b["tpot_s"]][-1:]
-
-    def compared(what: str, wanted: float, ratio: Callable[[Row, Row], float]) -> Claim:
-        found = Found(ratio(*pair[0]), *pair[0]) if pair else Found()
-        return _claim(what, "", wanted, found, reasons.isolation)
-
+    where, why = f"{model}, {setting}", reasons.isolation
     said = [
-        compared(
-            "p99 TPOT, prompts first over triad", 2.0, lambda a, b: b["tpot_s"]["p99"] / a["tpot_s"]["p99"]
-        ),
-        compared(
-            "p99 time between two tokens, prompts first over triad",
-            2.0,
-            lambda a, b: b["token_gap_s"]["p99"] / a["token_gap_s"]["p99"],
-        ),
-        compared(
-            "p99 TTFT, prompts first over triad",
-            1 / 1.2,
-            lambda a, b: b["ttft_s"]["p99"] / a["ttft_s"]["p99"],
-        ),
-        compared(
-            "throughput, triad over prompts first",
-            0.97,
-            lambda a, b: a["throughput_tok_s"] / b["throughput_tok_s"],
-        ),
+        (
+            f"p99 {what}, prompts first over triad",
+            wanted,
+            [(b[name]["p99"] / a[name]["p99"], a, b) for a, b in pair],
+        )
+        for what, name, wanted in ISOLATION
     ]
-    return [replace(claim, where=f"{model}, {setting}{claim.where}") for claim in said]
+    speed = [(a["throughput_tok_s"] / b["throughput_tok_s"], a, b) for a, b in pair]
+    said.append(("throughput, triad over prompts first", 0.97, speed))
+    found = [_claim(what, "", wanted, Found(*(each[0] if each else ())), why) for what, wanted, each in said]
+    return [replace(claim, where=where + claim.where) for claim in found]
 
 
 def _most(ours: Sequence[Row], theirs: Sequence[Row], ratio: Callable[[Row, Row], float]) -> Found:

@@ -130,7 +130,11 @@ def spread(rows: Sequence[Row]) -> Drawn:
     """How the time per output token spreads over requests, and that between two tokens over all of them, at every
     engine's highest sustained rate."""
     several = len({row["model"] for row in rows}) > 1
-    top = {_engine(r, several): r for r in sorted(rows, key=lambda r: r["rate"]) if r["sustained"]}
+    top = {
+        (f"{row['model']}: " if several else "") + _engine(row): row
+        for row in sorted(rows, key=lambda row: row["rate"])
+        if row["sustained"]
+    }
     fig, axes = plotting.grid([""], list(SPREADS), height=max(2.0, 0.6 + 0.32 * len(top)))
     points = []
     for ax, (field, title) in zip(axes[0], SPREADS.items(), strict=True):
@@ -139,7 +143,8 @@ def spread(rows: Sequence[Row]) -> Drawn:
             ax.plot(list(values.values()), [name] * len(values), color="#9aa0a6", lw=1.3, zorder=1)
             for number, (p, value) in enumerate(values.items()):
                 ax.scatter(value, name, color=COLOURS[number], s=24, label=p, zorder=2)
-            points.append({"engine": name, "rate": row["rate"], "what": field, **values})
+            known = {"model": row["model"], "engine": _engine(row), "rate": row["rate"], "what": field}
+            points.append(known | values)
         ax.set_title(title)
         ax.set_xlabel("ms")
         ax.set_xscale("log")
@@ -147,7 +152,7 @@ def spread(rows: Sequence[Row]) -> Drawn:
     named = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
     if named:
         fig.legend(named.values(), named.keys(), loc="outside upper center", ncols=3)
-    return fig, pd.DataFrame(points)
+    return fig, pd.DataFrame(points, columns=["engine", "rate", "model", "what", *PERCENTILES])
 
 
 def throughput(rows: Sequence[Row]) -> Drawn:

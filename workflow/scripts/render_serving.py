@@ -26,9 +26,10 @@ def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figu
         "devices": distinct(row["device"] for row in rows),
         "weights": distinct({"model": row["model"], **row["weights"]} for row in rows if row["weights"]),
         "commits": distinct(row["git_commit"] for row in rows),
-        "workloads": distinct(row["cell"]["workload"] for row in rows),
+        "workloads": distinct({"model": row["model"], **row["cell"]["workload"]} for row in rows),
         "limits": distinct(
-            {
+            {"model": row["model"]}
+            | {
                 name: row["cell"][name]
                 for name in ("window_s", "drain_s", "slo_ttft_s", "slo_tpot_s", "sustained_ttft_s")
             }

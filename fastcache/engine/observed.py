@@ -46,7 +46,8 @@ class Observed:
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
         self._odd_run = 0
-        self._late_s = 0.0  # what decode steps took too long while a compression ran beside them
+        self._late_s = 0.0  # what steps took too long while a compression ran beside them
+        self._done_tokens = 0  # of compressions that ended while the step observed next was running
         self._costs: Costs | None = Costs()
         self.predicted = {kind: [0, 0.0, 0.0] for kind in STEP_KINDS}  # steps, predicted and measured seconds
 
@@ -98,8 +99,10 @@ class Observed:
         if work.contexts and compression_s:
             self._context_s[bool(step.decode_rows)].add(work.contexts, compression_s)
             self._context.add(work.contexts, work.compressed)
+        if self._beside(step, under_way, elapsed_s - compression_s - base, decode[0]):
+            return 0.0
         if step.decode:
-            self._observe_decode(work, elapsed_s, decode[0] + base, under_way)
+            self._observe_decode(work, elapsed_s, decode[0] + base)
             lost = 0.0
         elif step.decode_rows:
             self._observe_mixed(work.tokens - step.decode_rows, elapsed_s - compression_s, base)
@@ -122,10 +125,27 @@ class Observed:
         self._odd_run = self._odd_run + 1 if odd else 0
         return odd
 
-    def _observe_decode(self, work: Amounts, elapsed_s: float, expected_s: float, under_way: bool) -> None:
-        if under_way and self._decode.count >= TRIALS:
-            self._late_s += elapsed_s - expected_s
-            return
+    def _beside(self, step: Step, under_way: bool, beyond_s: float, decode_s: float) -> bool:
+        """Whether a compression ran beside this step, which then says nothing of steps alone: what it took longer is
+        the compression's. `beyond_s`: what it took beyond its tokens and KV bytes."""
+        beside = bool(under_way or self._done_tokens)
+        known = self._decode.count if step.decode else self._prefill.count
+        if not beside or known < TRIALS:
+            return False
+        fixed = decode_s if step.decode else 0.0
+        if step.decode_rows:
+            chunk = next((each for each in self.limits.chunks if each >= step.prefill_tokens), None)
+            mixed = self.mixed[chunk].value if chunk is not None else None
+            fixed = decode_s if mixed is None else mixed
+        self._late_s += beyond_s - fixed
+        if self._done_tokens:
+            for place, middle in self.exposed.items():
+                if place.startswith(AFTER):
+                    middle.add(self._done_tokens, self._late_s)
+            self._late_s, self._done_tokens, self._costs = 0.0, 0, None
+        return True
+
+    def _observe_decode(self, work: Amounts, elapsed_s: float, expected_s: float) -> None:
         self._predicted("decode", expected_s, elapsed_s, self._decode.count)
         self._decode.add(1.0, work.kv_bytes, elapsed_s)
 
@@ -160,12 +180,9 @@ class Observed:
         self._late_s += seconds
 
     def job_done(self, tokens: int) -> None:
-        """A compression beside decode steps, over `tokens` context tokens, is complete."""
-        for place, middle in self.exposed.items():
-            if place.startswith(AFTER):
-                middle.add(tokens, self._late_s)
-                self._costs = None
-        self._late_s = 0.0
+        """A compression beside other steps, over `tokens` context tokens, is complete. The step that is running has not
+        been observed yet."""
+        self._done_tokens += tokens
 
     def _predicted(self, kind: str, expected_s: float, elapsed_s: float, known: int) -> None:
         if known >= TRIALS:

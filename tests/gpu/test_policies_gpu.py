@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastcache import LLM, SamplingParams
+from fastcache.engine.policy import NOT_MEASURED, TIGHT, WITHIN
+from fastcache.engine.tuner import TRIED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,6 +112,21 @@ def test_a_tuned_engine_tries_its_places_and_keeps_its_books(folder, bound):
     assert report["measured"] and set(report["costs"]["exposed"]) <= set(report["places"])
     assert ("inline" in report["places"]) == bound
     assert any(name.startswith("beside") for name in report["places"])
+    llm.close()
+
+
+@pytest.mark.parametrize("bound", [0.002, 0.05])
+def test_a_bound_on_the_time_per_token_changes_no_token(folder, wanted, bound):
+    """Once costs are known, prompts are cut into what a step of that time holds."""
+    work, alone = wanted
+    llm = engine(folder, None, tuning="all", tpot_bound_s=bound, max_num_batched_tokens=4096)
+    for seed in range(3):
+        llm.reset_stats()
+        done = arriving(llm, work, random.Random(seed))
+        assert [done[i] for i in range(len(work))] == alone["None"]
+    assert llm.stats().mixed_steps > 0
+    decided = [d for d in llm.decisions()["decisions"] if d["about"] == "balance"]
+    assert {d["reason"] for d in decided} <= {NOT_MEASURED, TRIED, WITHIN, TIGHT}
     llm.close()
 
 

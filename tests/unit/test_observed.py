@@ -1,0 +1,61 @@
+"""What steps are observed to take becomes costs: whose delay is whose, and what says nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastcache.config import SamplingParams
+from fastcache.core import Chunk, Request, Sequence, Step
+from fastcache.engine.observed import Observed
+from fastcache.engine.policy import Limits
+
+PER_TOKEN, FIXED = 2e-5, 0.006
+
+
+def seq(context: int = 1000) -> Sequence:
+    return Sequence(Request("0", (1,) * context, SamplingParams(max_tokens=9), 0.0))
+
+
+def prefill(tokens: int, place: str, kept: int = 0) -> Step:
+    return Step((Chunk(seq(tokens), 0, 0, tokens, sample=True, kept=kept),), decode=False, place=place)
+
+
+def decode(rows: int = 8) -> Step:
+    return Step(tuple(Chunk(seq(), 1000, 1000, 1, sample=True) for _ in range(rows)), decode=True)
+
+
+@pytest.fixture
+def observed() -> Observed:
+    made = Observed(Limits(64, 10**12, 1, ("inline", "after:16")), 1e18)
+    for i in range(8):
+        tokens = 1000 * (1 + i % 3)
+        made.observe(prefill(tokens, "inline", kept=200), PER_TOKEN * tokens + 0.001, 0.001, False)
+        made.observe(decode(), FIXED, 0.0, False)
+    return made
+
+
+def test_a_compression_beside_a_prefill_is_charged_with_what_that_took_longer(observed):
+    """It ends while the prefill is still running: that step's time is learned afterwards."""
+    for _ in range(3):
+        observed.observe(prefill(2000, "after:16"), PER_TOKEN * 2000, 0.0, False)
+        observed.job_done(2000)
+        observed.observe(prefill(3000, "after:16"), PER_TOKEN * 3000 + 0.01, 0.0, False)
+    costs = observed.costs
+    assert costs.exposed["after:16"] == pytest.approx(0.01 / 2000, rel=0.05)
+    assert costs.prefill_s_per_token == pytest.approx(PER_TOKEN, rel=0.01)  # not spoilt by those steps
+
+
+def test_decode_steps_and_waiting_are_charged_too(observed):
+    for _ in range(3):
+        observed.observe(decode(), FIXED + 0.002, 0.0, True)
+        observed.waited(0.003)
+        observed.job_done(1000)
+        observed.observe(decode(), FIXED + 0.001, 0.0, False)
+    assert observed.costs.exposed["after:16"] == pytest.approx(0.006 / 1000, rel=0.05)
+    assert observed.costs.decode_fixed_s == pytest.approx(FIXED, rel=0.01)
+
+
+def test_a_step_that_the_host_held_up_says_nothing(observed):
+    before = observed.costs
+    observed.observe(decode(), 1.0, 0.0, False)
+    assert observed.costs == before

@@ -25,6 +25,7 @@ SETTINGS = {
     "epochs": "passes over all drawn tokens",
     "batch_size": "tokens per optimiser step",
     "learning_rate": "highest learning rate",
+    "weight_decay": "of AdamW",
     "seed": "of the networks' first weights and of what is drawn",
 }
 STOPPED = 3

@@ -31,7 +31,8 @@ SAVE_EVERY_S = 60
 class ScorerConfig(StrictConfig):
     """What decides the result, besides model and text. Of each of `windows` texts, min_context to context tokens long,
     `tokens` are drawn; AdamW, the learning rate falls along a cosine, gradients are clipped at norm 1. All as in the
-    paper (arXiv:2601.07891), whose networks are an eighth as wide as its models; it takes 4,500 windows.
+    paper (arXiv:2601.07891), whose networks are an eighth as wide as its models, but for the weight decay: it has 4,500
+    windows, and fewer are learned by heart without.
     """
 
     hidden: int = 128
@@ -42,6 +43,7 @@ class ScorerConfig(StrictConfig):
     epochs: int = 15
     batch_size: int = 512
     learning_rate: float = 2e-3
+    weight_decay: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +61,10 @@ class ScorerConfig(StrictConfig):
         require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             f"learning_rate is {self.learning_rate!r}; allowed is a positive number.",
+        )
+        require(
+            math.isfinite(self.weight_decay) and 0 <= self.weight_decay * self.learning_rate < 1,
+            f"weight_decay is {self.weight_decay!r}; allowed is from 0 to below 1 / learning_rate.",
         )
 
     @property
@@ -97,7 +103,9 @@ class ScorerTrainer:
         self.collected, self.step, self.losses, self._sum = 0, 0, [], 0.0
         self._order: Tensor | None = None  # of this epoch's pairs
         self.parameters = self._first_weights()
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         if self.state_file.is_file():
             self._resume()
         layers, hidden_size, kv_heads = self.sizes

@@ -23,7 +23,15 @@ from fastcache.training.scorer_job import agreement
 from fastcache.training.text import Corpus, random_windows
 
 CONFIG = ScorerConfig(
-    hidden=12, windows=6, min_context=40, context=50, tokens=30, epochs=4, batch_size=32, learning_rate=1e-2
+    hidden=12,
+    windows=6,
+    min_context=40,
+    context=50,
+    tokens=30,
+    epochs=4,
+    batch_size=32,
+    learning_rate=1e-2,
+    weight_decay=0.1,
 )
 LAYERS, WIDTH, KV_HEADS = 2, 48, 2
 
@@ -145,7 +153,16 @@ def test_the_command_trains_judges_and_writes_what_the_engine_loads(folder, tmp_
         ),
         *("--heldout", str(tmp_path / "heldout.txt"), "--device", "cpu", "--judge-windows", "2"),
     ]
-    for name in ("hidden", "windows", "min_context", "context", "tokens", "epochs", "batch_size"):
+    for name in (
+        "hidden",
+        "windows",
+        "min_context",
+        "context",
+        "tokens",
+        "epochs",
+        "batch_size",
+        "weight_decay",
+    ):
         arguments += ["--" + name.replace("_", "-"), str(getattr(CONFIG, name))]
     assert main([*arguments, "--stop-after", "0"]) == 3
     assert main(arguments) == 0, capsys.readouterr().err

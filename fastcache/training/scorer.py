@@ -36,14 +36,14 @@ class ScorerConfig(StrictConfig):
     """
 
     hidden: int = 128
-    windows: int = 300
+    windows: int = 800
     min_context: int = 750
     context: int = 1250
     tokens: int = 500
     epochs: int = 15
     batch_size: int = 512
     learning_rate: float = 2e-3
-    weight_decay: float = 5.0
+    weight_decay: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -76,7 +76,7 @@ rule train_scorer:
         gpu=1,
     params:
         model=subpath(input.weights, parent=True),
-        settings="--windows 600",
+        settings="--windows 800 --weight-decay 1",
     message:
         "Training networks that tell KVzip's scores from hidden states"
     shell:

@@ -39,15 +39,19 @@ def warmup_tokens(kind: str, batch: Batch) -> int | None:
 def warm_up(llm: Any, rounds: list[list[Batch]], kind: str, tuned: bool) -> None:
     """The first batch of each warm-up round. An engine that decides from measurement goes on, with a part of the
     last batch, until it has measured what it decides from."""
+    tuned = tuned and bool(rounds)
+    if tuned:
+        llm.explore(freely=True)
     for batches in rounds:
         run_batch(llm, batches[0], warmup_tokens(kind, batches[0]))
-    if not (tuned and rounds):
+    if not tuned:
         return
     few = rounds[-1][0][: max(1, len(rounds[-1][0]) // MEASURING_SHARE)]
     for _ in range(MEASURING_ROUNDS):
         if llm.decisions()["measured"]:
             break
         run_batch(llm, few, MEASURING_TOKENS)
+    llm.explore(freely=False)
 
 
 def run_round(llm: Any, batches: list[Batch]) -> Round:

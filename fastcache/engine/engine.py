@@ -251,6 +251,11 @@ class LLM(Offline):
         """What was decided since the last `reset_stats`, on which costs; None where nothing is (`tuning` off)."""
         return None if self._scheduler.tuner is None else self._scheduler.tuner.report()
 
+    def explore(self, freely: bool) -> None:
+        """Whether alternatives may be tried at any cost, as in a warm-up, or at a small share of it (the default)."""
+        if self._scheduler.tuner is not None:
+            self._scheduler.tuner.freely = freely
+
     def describe(self) -> dict[str, Any]:
         """What runs on what: the facts a row records about the engine."""
         return self._parts.describe()

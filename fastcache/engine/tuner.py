@@ -49,6 +49,7 @@ class Tuner:
         self.may_defer = any(place.startswith(AFTER) for place in limits.places)
         self._trials: Counter[str | int] = Counter()
         self._tried: deque[bool] = deque()  # of launched steps with prompts, whether they are trials
+        self.freely = False  # whether trying may cost what it likes
         self._ran_s = self._lost_s = 0.0
         self._chosen = Balance(False, None, NOTHING)
         self._request: tuple[tuple[str, ...], RequestLoad, Decision] | None = None
@@ -132,7 +133,7 @@ class Tuner:
         return next(untried, None)
 
     def _may_try(self) -> bool:
-        return self._lost_s <= TRYING_SHARE * self._ran_s
+        return self.freely or self._lost_s <= TRYING_SHARE * self._ran_s
 
     def taken(self, step: Step) -> None:
         """A prefill step is being launched as decided: remember why."""
@@ -166,7 +167,7 @@ class Tuner:
         """A step's tokens have arrived (see `Observed.observe`), in the order of launches."""
         lost_s = self.observed.observe(step, elapsed_s, compression_s, under_way)
         self._ran_s += elapsed_s
-        if not step.decode and self._tried and self._tried.popleft():
+        if not step.decode and self._tried and self._tried.popleft() and not self.freely:
             self._lost_s += max(lost_s, 0.0)
 
     # -- report ------------------------------------------------------------------------------------------------

@@ -151,6 +151,9 @@ class FakeLLM:
     def decisions(self):
         return None if self.options["tuning"] == "off" else copy.deepcopy(DECISIONS)
 
+    def explore(self, freely):
+        self.explored = [*getattr(self, "explored", []), freely]
+
     def reset_stats(self):
         self.resets = getattr(self, "resets", 0) + 1
 
@@ -181,6 +184,7 @@ def test_every_variant_gives_a_valid_row_that_says_what_ran(variant):
     assert row["policy"] == (None if variant == "baseline" else "auto" if tuned else "fixed")
     assert (row["auto_tune"], row["auto_dual"]) == (tuned, variant == "triad")
     assert (row["decisions"] is not None) == tuned
+    assert getattr(llm, "explored", []) == ([True, False] if tuned else [])  # at will in the warm-up alone
     assert any("4 requests whole: compression costs more" in note for note in row["notes"]) == tuned
     assert any("break-even at 12 output tokens" in note for note in row["notes"]) == tuned
     assert any("seeded random numbers" in note for note in row["notes"])

@@ -33,11 +33,13 @@ def mixed_load(seed: int) -> list[Ask]:
 
 def warm(engine: Engine, asked: list[Ask], output: int | None) -> None:
     """As `bench.rounds.warm_up` does: a round of a few tokens, or a whole one, then parts until all is measured."""
+    engine.tuner.freely = True
     engine.run([Ask(ask.context, output or ask.output) for ask in asked])
     for _ in range(8):
         if engine.tuner.measured:
             break
         engine.run([Ask(ask.context, 4) for ask in asked[: len(asked) // 4]])
+    engine.tuner.freely = False
     engine.tuner.reset()
 
 
@@ -85,6 +87,18 @@ def test_what_ends_together_is_not_broken_up_by_trying(overhead):
     asked = closed(256, 1024, 256)
     tuned = Engine(h100(mixed_s=overhead), tuned=tuner(64))
     assert speed(tuned, asked) > 0.985 * speed(Engine(h100(mixed_s=overhead)), asked)
+
+
+def test_a_warm_up_leaves_nothing_to_try_in_what_is_timed():
+    beside = {
+        place: seconds for place, seconds in side_streams().items() if place in ("beside:16", "beside:8")
+    }
+    asked = closed(64, 3968, 128)
+    tuned = Engine(h100(beside=beside), tuned=tuner(64, places=(INLINE, *beside)))
+    warm(tuned, asked, 3)
+    assert tuned.tuner.measured
+    assert speed(tuned, asked) > 0.995 * speed(Engine(h100()), asked)
+    assert all(d["reason"] != TRIED for d in tuned.tuner.report()["decisions"])
 
 
 def test_short_requests_are_left_whole_at_the_speed_of_the_baseline():

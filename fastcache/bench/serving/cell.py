@@ -66,7 +66,9 @@ def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None
                 warm_up(llm, arrivals, CPU_WARMUP_SEQS if kind == "cpu" else warm_sequences(cell))
                 if cell.variant == TRIAD:
                     before = plan_arrivals(cell.workload, row["rate"], MEASURING_S, cell.seed + 1, words)
+                    llm.explore(freely=True)
                     drive(llm, before, MEASURING_S + cell.drain_s)
+                    llm.explore(freely=False)
                 warm = True
             others = OtherLoad()
             recording = drive(llm, arrivals, cell.window_s + cell.drain_s)

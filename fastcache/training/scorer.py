@@ -216,8 +216,12 @@ class ScorerTrainer:
 
     @torch.no_grad()
     def export(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Plain weights by checkpoint name, on the CPU."""
-        tensors = zip(self.parameters, self.folded(), strict=True)
+        """Plain weights by checkpoint name, on the CPU. What rounding takes from a weight, times the mean of what it
+        multiplies, goes to the bias: hidden states have means far larger than their spread."""
+        first, first_bias, last, last_bias = self.folded()
+        lost = first - first.to(dtype).float()
+        first_bias = first_bias + (lost @ self.constants["input.mean"][..., None])[..., 0]
+        tensors = zip(self.parameters, (first, first_bias, last, last_bias), strict=True)
         return {
             f"layers.{layer}.{name}": each.to(dtype).cpu().clone()
             for name, stacked in tensors

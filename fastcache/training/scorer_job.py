@@ -73,20 +73,16 @@ class ScorerJob:
 
     def run(self, judge_windows: int, stop_after_s: float | None = None) -> dict[str, Any] | None:
         """Train, judge and write; returns the record, or None if `stop_after_s` came before the last step."""
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            with sdpa_kernel(ATTENTION):
-                return self._run(judge_windows, stop_after_s)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-
-    def _run(self, judge_windows: int, stop_after_s: float | None) -> dict[str, Any] | None:
         model_id = f"{self.facts['model']['sha256']} {self.facts['dtype']}"
         trainer = ScorerTrainer(self.teacher, self.corpora, self.config, self.output, model_id)
         log.info("%d parameters", sum(p.numel() for p in trainer.parameters.values()))
-        if not trainer.run(stop_after_s):
-            return None
+        with sdpa_kernel(ATTENTION):
+            if not trainer.run(stop_after_s):
+                return None
+            return self._finish(trainer, judge_windows)
+
+    def _finish(self, trainer: ScorerTrainer, judge_windows: int) -> dict[str, Any]:
+        """Write what was fitted, then judge what was written; the state stays until that is done."""
         trainer.save()
         record, tensors = trainer.record() | self.facts, trainer.export(SAVED_DTYPE)
         write_safetensors(self.output, tensors, {"record": record})

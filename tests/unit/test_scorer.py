@@ -121,6 +121,23 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(teacher, tmp_path):
         trainer_in(tmp_path / "cut", teacher, seed=1)
 
 
+def test_rounding_moves_nothing_where_inputs_are_at_their_mean(teacher, tmp_path):
+    trainer = trainer_in(tmp_path, teacher)
+    assert trainer.run()
+    mean = trainer.constants["input.mean"]
+    mean += 50  # far from zero, as some of a real model's are
+    exact, rounded = trainer.export(torch.float32), trainer.export(torch.bfloat16)
+    for layer in range(LAYERS):
+        inner = [
+            each[f"layers.{layer}.0.weight"].double() @ mean[layer].double()
+            + each[f"layers.{layer}.0.bias"].double()
+            for each in (exact, rounded)
+        ]
+        bias = exact[f"layers.{layer}.0.bias"].double()
+        # What is left is the rounding of the bias itself.
+        assert ((inner[0] - inner[1]).abs() <= bias.abs() * 2**-7 + 1e-3).all()
+
+
 def test_agreement_by_hand():
     true = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 2, 4).clone()
     true[:, :, 1] += 10  # heads of another height: r2 is of each, r2_all of both

@@ -65,9 +65,21 @@ def test_the_discussion_counts_what_it_says():
     assert "the range of their medians, 1.30" in said["Green contexts"]
 
 
-def test_decisions_are_reported_only_where_none_were_made():
+def test_decisions_are_compared_with_the_best_fixed_variant_or_said_to_be_missing():
     rows = at_speed(1.3)
     assert "decided nothing by itself" in dict(discussion.paragraphs(rows))["Decisions"]
+    for r in rows:
+        if r["variant"] in ("auto-tune+greenctx", "triad"):
+            r["policy"] = "auto"
+    said = dict(discussion.paragraphs(rows))["Decisions"]
+    even, half = map(discussion.times, (1.0, 0.5))
+    assert (
+        f"triad has {even} to {even} its throughput" in said and "where compression-only is fastest" in said
+    )
+    slow = next(r for r in rows if r["variant"] == "triad")
+    slow["throughput_tok_s"] *= 0.5
+    said = dict(discussion.paragraphs(rows))["Decisions"]
+    assert f"triad has {half} to {even} its throughput" in said
     for r in rows:
         r["policy"] = "auto"
     assert "Decisions" not in dict(discussion.paragraphs(rows))

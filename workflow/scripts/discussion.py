@@ -146,9 +146,32 @@ def _decisions(rows: Sequence[Row]) -> str:
         row for row in rows if row["variant"] in ("auto-tune+greenctx", "triad") and row["status"] == "ok"
     ]
     decided = [row for row in named if row["policy"] == "auto"]
+    said = _against_fixed(rows, [row for row in decided if row["variant"] == "triad"])
     if not named or len(decided) == len(named):
-        return ""
+        return said
     return (
         f"In {len(named) - len(decided)} of the {count(len(named), 'cell')} of auto-tune+greenctx and triad the engine "
         "decided nothing by itself: they ran the fixed policy, as their rows say."
+    ) + (f" {said}" if said else "")
+
+
+def _against_fixed(rows: Sequence[Row], decided: Sequence[Row]) -> str:
+    """Triad beside the best that could have been chosen for the same requests without deciding anything."""
+    found = []
+    for row in decided:
+        same = [r for r in rows if r["status"] == "ok" and r["baseline_id"] == row["baseline_id"]]
+        ours = (row["method"], row["compression_factor"])
+        fixed = [r for r in same if (r["method"], r["compression_factor"]) in (ours, (None, None))]
+        best = max(
+            (r for r in fixed if r["policy"] != "auto"), key=lambda r: r["throughput_tok_s"], default=None
+        )
+        if best is not None:
+            found.append((row["throughput_tok_s"] / best["throughput_tok_s"], row, best))
+    if not found:
+        return ""
+    (low, row, best), (high, _, _) = (pick(found, key=lambda each: each[0]) for pick in (min, max))
+    return (
+        f"Beside the fastest variant that decides nothing, triad has {times(low)} to {times(high)} its throughput, "
+        f"over {count(len(found), 'set')} of the same requests; least on {describe(row)}, where {best['variant']} is "
+        "fastest."
     )

@@ -219,15 +219,16 @@ def _around_s(costs: Costs, mix: Mix, overhead: float) -> float:
 
 
 def _within(costs: Costs, mix: Mix, limits: Limits, known: Mapping[int, float]) -> Balance:
-    """As many prefill tokens as keep a step within the bound, so that prompts wait as little as that allows. Between
-    two budgets the overhead of the smaller one is taken, until a step has shown its own."""
+    """As many prefill tokens as keep a step within the bound, so that prompts wait as little as that allows. Steps
+    between two budgets are observed as the larger one's, so its overhead is theirs; the smaller one's until then."""
     per_token, lasts = costs.prefill_s_per_token, {}
     for chunk, overhead in sorted(known.items()):
         lasts[chunk] = per_token * chunk + _around_s(costs, mix, overhead)
     for chunk in sorted(known, reverse=True):
         if lasts[chunk] <= limits.tpot_s:
             larger = min((other for other in limits.chunks if other > chunk), default=chunk)
-            fitting = chunk + int((limits.tpot_s - lasts[chunk]) / per_token)
+            around = _around_s(costs, mix, known.get(larger, known[chunk]))
+            fitting = int((limits.tpot_s - around) / per_token)
             fitting = max(chunk, min(fitting // CHUNK_STEP * CHUNK_STEP, larger))
             return Balance(True, fitting, WITHIN, lasts)
     return Balance(True, min(known), TIGHT, lasts)

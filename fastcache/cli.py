@@ -41,6 +41,10 @@ COMMANDS = {
         "fastcache.device.shim",
         "build the library that lets an installed sgl_kernel load, if one is needed",
     ),
+    "train-shapes": (
+        "fastcache.cli_train_shapes",
+        "train the small multimodal model of coloured shapes from scratch",
+    ),
     "train-compressor": ("fastcache.cli_train", "train the networks of method mlp for a model, on text"),
     "train-scorer": ("fastcache.cli_scorer", "train the networks of method kvzap for a model, on text"),
 }

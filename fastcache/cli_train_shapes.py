@@ -1,0 +1,57 @@
+"""Train the small multimodal model of coloured shapes from scratch: pictures, questions and answers from a seed.
+
+The result is a Hugging Face folder that the engine loads, with `training.json` beside the weights. A run that was cut
+short goes on from FOLDER.state when it is started again with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+from fastcache.cli_types import number
+from fastcache.config import DEVICES
+
+SETTINGS = {
+    "steps": "optimiser steps",
+    "align_steps": "first steps, in which the vision tower alone learns to name what a patch shows",
+    "align_weight": "weight of that naming beside the answers afterwards",
+    "pictures_per_step": "pictures per step, in prompts of one, two and three",
+    "questions_per_picture": "questions per picture",
+    "learning_rate": "highest learning rate",
+    "seed": "of the first weights, the pictures and the questions",
+}
+STOPPED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastcache.training.shapes_trainer import ShapesTrainConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(ShapesTrainConfig)}
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    for name, meaning in SETTINGS.items():
+        kind = number if isinstance(defaults[name], float) else int
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=defaults[name], help=meaning)
+    parser.add_argument("--device", default="auto", help=", ".join(DEVICES))
+    parser.add_argument(
+        "--stop-after", type=number, metavar="SECONDS", help="save and stop then; exit code 3"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastcache.engine.resolve import resolve_device
+    from fastcache.training.shapes_trainer import ShapesTrainConfig, ShapesTrainer
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    config = ShapesTrainConfig(**{name: getattr(args, name) for name in SETTINGS})
+    state = args.output.with_name(args.output.name + ".state")
+    trainer = ShapesTrainer(config, state, resolve_device(args.device))
+    if not trainer.run(stop_after_s=args.stop_after):
+        sys.stderr.write(f"stopped early; start again to go on from {state}\n")
+        return STOPPED
+    sys.stdout.write(json.dumps(trainer.finish(args.output)["heldout_accuracy"], indent=1) + "\n")
+    return 0

@@ -1,0 +1,119 @@
+"""The small multimodal model of the shapes: its sizes, its words, and the Hugging Face folder it is kept in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcache.config import StrictConfig, positive_int, require
+from fastcache.errors import ConfigError
+from fastcache.shapes.album import IMAGE, words
+from fastcache.shapes.scene import PICTURE
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+SPECIAL = (PAD, BOS, EOS, IMAGE, UNKNOWN)
+PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(4)
+
+
+@dataclass(frozen=True)
+class ShapesModelConfig(StrictConfig):
+    """Sizes of a LLaVA: a CLIP tower and a Llama of the same width. `patch` in pixels."""
+
+    width: int = 128
+    vision_layers: int = 2
+    text_layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    patch: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("width", "vision_layers", "text_layers", "heads", "kv_heads", "patch"):
+            positive_int(name, getattr(self, name))
+        require(
+            self.width % (2 * self.heads) == 0 and self.heads % self.kv_heads == 0 and PICTURE % self.patch == 0,
+            f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}, patch {self.patch}; width must divide by "
+            f"twice the heads, heads by kv_heads, and a picture's {PICTURE} pixels by patch.",
+        )
+
+    @property
+    def image_tokens(self) -> int:
+        return (PICTURE // self.patch) ** 2
+
+
+def vocabulary() -> dict[str, int]:
+    """Every token's id; special ones first."""
+    return {word: index for index, word in enumerate((*SPECIAL, *words()))}
+
+
+def encode(text: str) -> list[int]:
+    """Ids of words separated by spaces; what `tokenizer.json` gives, without its first token."""
+    known = vocabulary()
+    return [known[word] for word in text.split()]
+
+
+def build(config: ShapesModelConfig, seed: int) -> Any:
+    """transformers' LLaVA with first weights from `seed`, float32. Errors: `ConfigError` without transformers."""
+    try:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    except ImportError:
+        raise ConfigError(
+            "training the shapes model needs transformers, whose model classes it trains: pip install transformers "
+            "(envs/dev.txt has the version that is tested)."
+        ) from None
+    vision = CLIPVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=3 * config.width,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=config.heads,
+        image_size=PICTURE,
+        patch_size=config.patch,
+    )
+    text = LlamaConfig(
+        vocab_size=-(-len(vocabulary()) // 16) * 16,
+        hidden_size=config.width,
+        intermediate_size=3 * config.width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.width // config.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=IMAGE_ID,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def save(model: Any, folder: Path) -> None:
+    """The folder that the engine loads: config, bfloat16 safetensors, preprocessor and tokenizer."""
+    from transformers import CLIPImageProcessor
+
+    model.to(torch.bfloat16).save_pretrained(folder)
+    size = {"height": PICTURE, "width": PICTURE}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    _tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def _tokenizer() -> Any:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary(), unk_token=UNKNOWN))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(list(SPECIAL))
+    made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
+    return made

@@ -1,0 +1,226 @@
+"""The training loop of the shapes model: from random weights, deterministic from its seed, resumable."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcache.config import StrictConfig, positive_int, require
+from fastcache.errors import CheckpointError
+from fastcache.training.shapes_data import PARTS, SLOT, Batch, batch, by_kind, normalise, packing, right
+from fastcache.training.shapes_model import ShapesModelConfig, build, save
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_ALBUMS = 100  # of each number of pictures, when the finished model is judged
+
+
+@dataclass(frozen=True)
+class ShapesTrainConfig(StrictConfig):
+    """What decides the result. A step has albums of 1, 2 or 3 pictures in turn, `pictures_per_step` in all, and three
+    questions for each picture. In the first `align_steps` the tower and the projector alone learn to name what each
+    patch shows; after that the answers are learned too, and naming goes on with weight `align_weight`. The learning rate
+    warms up over 50 steps and falls to a fiftieth along a cosine; AdamW, gradients clipped at norm 1.
+    """
+
+    model: ShapesModelConfig = field(default_factory=ShapesModelConfig)
+    steps: int = 1500
+    align_steps: int = 200
+    align_weight: float = 0.3
+    pictures_per_step: int = 36
+    most_pictures: int = 3
+    questions_per_picture: int = 3
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "pictures_per_step", "most_pictures", "questions_per_picture"):
+            positive_int(name, getattr(self, name))
+        require(
+            0 <= self.align_steps < self.steps,
+            f"align_steps is {self.align_steps}; allowed is 0 to steps - 1, {self.steps - 1}.",
+        )
+        numbers = (self.learning_rate, self.weight_decay, self.align_weight)
+        require(
+            all(math.isfinite(x) and x >= 0 for x in numbers) and self.learning_rate > 0,
+            f"learning_rate, weight_decay, align_weight are {numbers}; allowed are numbers of at least 0.",
+        )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., steps - 1."""
+        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.learning_rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * cosine)
+
+
+class ShapesTrainer:
+    """State of a run: model, optimiser, step. `state_file` holds it between starts."""
+
+    def __init__(self, config: ShapesTrainConfig, state_file: Path | None, device: torch.device) -> None:
+        self.config, self.state_file, self.device = config, state_file, device
+        self.model = build(config.model, config.seed).to(device)
+        # Names what a patch shows; thrown away with the optimiser at the end.
+        self.namer = nn.Linear(config.model.width, sum(PARTS)).to(device)
+        self.parameters = [*self.model.parameters(), *self.namer.parameters()]
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+        )
+        self.step, self.losses = 0, []
+        if state_file is not None and state_file.is_file():
+            self._resume(state_file)
+
+    def run(self, save_every: int = 100, stop_after_s: float | None = None) -> bool:
+        """Train to the last step; False if `stop_after_s` came first (the state is saved and can go on)."""
+        started, first = time.perf_counter(), self.step
+        self.model.train()
+        while self.step < self.config.steps:
+            self._one_step()
+            elapsed = time.perf_counter() - started
+            if self.step % 20 == 0 or self.step == self.config.steps:
+                left = elapsed / (self.step - first) * (self.config.steps - self.step)
+                parts = "  ".join(f"{name} {value:.4f}" for name, value in self.losses[-1].items())
+                log.info("step %d of %d  %s  %.0f s left", self.step, self.config.steps, parts, left)
+            stop = stop_after_s is not None and elapsed > stop_after_s and self.step < self.config.steps
+            if stop or self.step % save_every == 0:
+                self.save()
+            if stop:
+                return False
+        return True
+
+    def _one_step(self) -> None:
+        config, made = self.config, self._batch(self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.rate(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            features = self._features(made.pixels)
+            loss = parts = self._naming(features, made.patches)
+            losses = {"naming": parts}
+            if self.step >= config.align_steps:
+                wanted = made.targets >= 0
+                logits = self._answers(features, made, wanted)
+                losses["answers"] = F.cross_entropy(logits.float(), made.targets[wanted])
+                loss = losses["answers"] + config.align_weight * parts
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.step += 1
+        if self.step % 20 == 0 or self.step in (1, config.steps):  # reading a loss waits for the device
+            self.losses.append({"step": self.step} | {k: round(float(v), 5) for k, v in losses.items()})
+
+    def _batch(self, step: int) -> Batch:
+        config = self.config
+        pictures = 1 + step % config.most_pictures
+        albums, asked = max(1, config.pictures_per_step // pictures), pictures * config.questions_per_picture
+        return batch("train", f"{config.seed}/{step}", albums, pictures, asked, self._side).to(self.device)
+
+    @property
+    def _side(self) -> int:
+        return round(self.config.model.image_tokens**0.5)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """(pictures, tokens, width), as the language model gets them."""
+        inner = self.model.model
+        states = inner.vision_tower(normalise(pixels), output_hidden_states=True).hidden_states
+        return inner.multi_modal_projector(states[-1][:, 1:])
+
+    def _naming(self, features: Tensor, patches: Tensor) -> Tensor:
+        parts = self.namer(features).float().split(PARTS, -1)
+        losses = [F.cross_entropy(p.flatten(0, 1), patches[..., i].flatten()) for i, p in enumerate(parts)]
+        return torch.stack(losses).mean()
+
+    def _answers(self, features: Tensor, made: Batch, wanted: Tensor) -> Tensor:
+        """Logits at the `wanted` places of the slots, (places, vocab)."""
+        context, inner = made.context.shape[1], self.model.model
+        ids = torch.cat((made.context, made.slots.flatten(1)), 1)
+        x = self.model.get_input_embeddings()(ids).to(features.dtype)
+        images = ids == self.model.config.image_token_id
+        x = x.masked_scatter(images[..., None], features)
+        visible, positions = packing(context, made.slots.shape[1], ids.device)
+        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -torch.inf)
+        hidden = inner.language_model(
+            inputs_embeds=x,
+            attention_mask=bias.expand(len(ids), -1, -1, -1),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[:, context:].unflatten(1, (-1, SLOT))[wanted])
+
+    @torch.no_grad()
+    def accuracy(self, albums: int = HELD_OUT_ALBUMS) -> dict[str, Any]:
+        """Share of right answers about held-out albums, by number of pictures and kind of question, in float32."""
+        self.model.eval().float()
+        found: dict[str, Any] = {}
+        for pictures in range(1, self.config.most_pictures + 1):
+            outcomes: dict[str, list[bool]] = {}
+            for start in range(0, albums, 10):
+                made = batch("heldout", f"judge/{start}", min(10, albums - start), pictures, 6, self._side)
+                made = made.to(self.device)
+                everywhere = torch.ones_like(made.targets, dtype=torch.bool)
+                logits = self._answers(self._features(made.pixels), made, everywhere)
+                good = right(logits.view(*made.targets.shape, -1), made.targets)
+                for kind, values in by_kind(good, made.asked).items():
+                    outcomes.setdefault(kind, []).extend(values)
+            everything = [value for values in outcomes.values() for value in values]
+            shares = {kind: sum(values) / len(values) for kind, values in sorted(outcomes.items())}
+            found[str(pictures)] = {
+                "questions": len(everything),
+                "all": sum(everything) / len(everything),
+            } | shares
+        return found
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Write the model, judge what was written, and write how it came to be; returns that record."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save(self.model, folder)
+        record = {
+            "config": self.config.to_dict(),
+            "losses": self.losses[:: max(1, len(self.losses) // 25)] + self.losses[-1:],
+            "heldout_accuracy": self.accuracy(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }
+        (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if self.state_file is not None:
+            self.state_file.unlink(missing_ok=True)
+        return record
+
+    def save(self) -> None:
+        """Write the state in one piece."""
+        if self.state_file is None:
+            return
+        state = {
+            "identity": json.dumps(self.config.to_dict(), sort_keys=True),
+            "step": self.step,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "namer": self.namer.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.state_file.with_name(self.state_file.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.state_file)
+
+    def _resume(self, file: Path) -> None:
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        if state["identity"] != json.dumps(self.config.to_dict(), sort_keys=True):
+            raise CheckpointError(
+                f"{file} is the state of a run with other settings. Delete it to start anew, or give this run another "
+                "output."
+            )
+        self.model.load_state_dict(state["model"])
+        self.namer.load_state_dict(state["namer"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.losses = state["step"], state["losses"]
+        log.info("continuing at step %d from %s", self.step, file)

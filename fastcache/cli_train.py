@@ -1,4 +1,5 @@
-"""Train the networks of method `mlp` for a model, on text, and judge them on text they never saw.
+"""Train the networks of method `mlp` for a model, on text, and judge them on text they never saw. With --shapes, on
+pictures of coloured shapes, for the model of `fastcache train-shapes`; quality cells judge those.
 
 The result is one safetensors file with its training record inside. A run that was cut short goes on from
 OUTPUT.state when it is started again with the same arguments.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.cli_types import number, positive_int
-from fastcache.config import DEVICES, DTYPES
+from fastcache.config import DEVICES, DTYPES, require
 
 SETTINGS = {
     "steps": "optimiser steps",
@@ -37,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     parser.add_argument("--model", required=True, metavar="PATH", help="a local Hugging Face folder")
-    parser.add_argument(
-        "--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 text to train on"
-    )
+    material = parser.add_mutually_exclusive_group(required=True)
+    material.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text to train on")
+    material.add_argument("--shapes", action="store_true", help="train on pictures, networks for them too")
     parser.add_argument(
         "--heldout", type=Path, metavar="FILE", help="UTF-8 text to judge on, of other documents"
     )
@@ -83,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = TrainConfig(factor=args.factor, **{name: getattr(args, name) for name in SETTINGS})
     source = {"commit": git_commit(), "training_source": source_digest(Path(training.__file__).parent)}
-    job = Job(args.model, args.text, args.heldout, args.output, config, args.device, args.dtype, source)
+    require(
+        not (args.shapes and args.heldout),
+        "--heldout is text; pictures that are held out come by themselves.",
+    )
+    job = Job(args.model, args.text or [], args.heldout, args.output, config, args.device, args.dtype, source)
     result: dict[str, Any] | None = job.run(
         args.judge_contexts, args.judge_windows, args.stop_after, args.finish_within
     )

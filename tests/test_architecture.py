@@ -23,6 +23,7 @@ ALLOWED = {
     "results": set(),
     "stats": {"core"},
     "tokenizer": GROUND,
+    "shapes": GROUND,
     "device": GROUND,
     "kvcache": GROUND,
     "attention": GROUND | {"device", "kvcache"},
@@ -30,8 +31,8 @@ ALLOWED = {
     "compression": GROUND,
     "engine": GROUND | {"attention", "compression", "device", "kvcache", "models", "tokenizer"},
     # Gradients need the model's own modules and the methods' arithmetic, but neither pages nor a scheduler.
-    "training": GROUND | {"compression", "engine", "models", "tokenizer"},
-    "bench": GROUND | {"LLM", "compression", "device"},
+    "training": GROUND | {"compression", "engine", "models", "shapes", "tokenizer"},
+    "bench": GROUND | {"LLM", "compression", "device", "shapes"},
     "serving": GROUND | {"LLM"},
     "cli": GROUND | {"LLM", "bench", "compression", "device", "models", "serving", "training"},
     "__init__": {"config", "engine"},

@@ -41,11 +41,12 @@ class Offline:
 
     def score(
         self,
-        prompts: Many[Many[int]],
+        prompts: Many[Many[int] | Mapping],
         continuations: Many[Many[int]],
         context_lens: Many[int | None] | None = None,
     ) -> list[RequestOutput]:
-        """What the model makes of given continuations; outputs in the order of the prompts.
+        """What the model makes of given continuations; outputs in the order of the prompts. Prompts are token ids,
+        those with pictures {"prompt": ids, "images": [...]} with all placeholders in place.
 
         The first `context_lens` tokens of a prompt (default: all of it; 0: none) are compressed as in `add_request`;
         the rest of it and the continuation are appended to that cache. `logprobs` of an output is (continuation
@@ -63,12 +64,14 @@ class Offline:
         once = SamplingParams(max_tokens=1, ignore_eos=True)
         return self._run(
             {
-                "prompt": [*prompt, *continuation[:-1]],
+                "prompt": {"prompt": [*ids, *continuation[:-1]], "images": images},
                 "sampling_params": once,
-                "context_len": len(prompt) if length is None else length,
-                "logprobs_from": len(prompt) - 1,
+                "context_len": len(ids) if length is None else length,
+                "logprobs_from": len(ids) - 1,
             }
-            for prompt, continuation, length in zip(prompts, continuations, lens, strict=True)
+            for (ids, images), continuation, length in zip(
+                map(_ids_and_images, prompts), continuations, lens, strict=True
+            )
         )
 
     def _run(self, requests: Iterable[Mapping[str, Any]]) -> list[RequestOutput]:
@@ -84,3 +87,9 @@ class Offline:
         while self.has_unfinished():
             done.update((output.request_id, output) for output in self.step())
         return [done[request_id] for request_id in ids]
+
+
+def _ids_and_images(prompt: Many[int] | Mapping) -> tuple[Many[int], Many]:
+    if isinstance(prompt, Mapping):
+        return prompt["prompt"], prompt.get("images") or ()
+    return prompt, ()

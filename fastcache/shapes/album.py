@@ -1,6 +1,6 @@
 """Several pictures in one prompt, and questions that say which picture they mean. Imports no torch.
 
-    picture 1 <image> picture 2 <image> picture 3 <image> in picture 2 what colour is the circle ? red
+picture 1 <image> picture 2 <image> picture 3 <image> in picture 2 what colour is the circle ? red
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Album:
         asked = []
         for i in range(count):
             number, turn = numbers[i % len(numbers)], i // len(numbers) + i % len(numbers)
-            possible = (questions(self.scenes[number - 1], kinds[(turn + j) % len(kinds)]) for j in range(len(kinds)))
+            possible = (
+                questions(self.scenes[number - 1], kinds[(turn + j) % len(kinds)]) for j in range(len(kinds))
+            )
             asked.append(Asked(number, rng.choice(next(found for found in possible if found))))
         return asked
 
@@ -61,7 +63,9 @@ class Album:
 def album(split: str, seed: str, pictures: int) -> Album:
     """An album of `split`, the same for the same arguments. Errors: `ConfigError`, `UnknownName`."""
     positive_int("pictures of an album", pictures)
-    require(pictures <= MOST_PICTURES, f"an album of {pictures} pictures; allowed is at most {MOST_PICTURES}.")
+    require(
+        pictures <= MOST_PICTURES, f"an album of {pictures} pictures; allowed is at most {MOST_PICTURES}."
+    )
     return Album(tuple(scene(split, f"{seed}/{i}") for i in range(pictures)), seed)
 
 

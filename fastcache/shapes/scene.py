@@ -1,8 +1,8 @@
 """Pictures of coloured shapes on a grid, drawn from a seed. Imports no torch.
 
 A layout says which shape of which colour is in which cell; a drawing of it also has a size, a place inside the cell
-and a shade of the colour for each shape. Whether a layout is for training or held out is decided by its digest alone, so
-no layout is ever in both, whatever the seeds.
+and a shade of the colour for each shape. Whether a layout is for training or held out is decided by its digest
+alone, so no layout is ever in both, whatever the seeds.
 """
 
 from __future__ import annotations

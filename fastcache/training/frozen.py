@@ -36,19 +36,24 @@ class FrozenModel:
         assert model.ops.name == "torch", "gradients need the plain operations"
         self.model = model
 
-    def _run(self, ids: Tensor, first: int, attend: Attend) -> tuple[list[Tensor], Tensor]:
-        """ids: (B, L) from position `first` on. Hidden states after each layer and the final ones, (B * L, n)."""
+    def _run(
+        self, ids: Tensor, first: int, attend: Attend, pictures: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """ids: (B, L) from position `first` on. Hidden states after each layer and the final ones, (B * L, n).
+        pictures: embeddings for the places of the image token, in order."""
         model, hidden = self.model, []
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).repeat(len(ids))
         x = model.embed[ids.flatten()]
+        if pictures is not None:
+            x[ids.flatten() == model.config.vision.image_token_id] = pictures.flatten(0, -2)
         for layer in model.layers:
             x = layer(x, positions, model.cos_sin, attend, None)
             hidden.append(x)
         return hidden, model.ops.rms_norm(x, model.norm.weight, model.config.rms_norm_eps)
 
     @torch.no_grad()
-    def teacher(self, ids: Tensor, context: int, window: int = 0) -> Teacher:
-        """ids: (B, N + C); `context` is N, `window` how many of its last queries to keep."""
+    def teacher(self, ids: Tensor, context: int, window: int = 0, pictures: Tensor | None = None) -> Teacher:
+        """ids: (B, N + C); `context` is N, `window` how many of its last queries to keep. pictures: see `_run`."""
         batch, length = ids.shape
         caches: list[Cache] = []
         queries: list[Tensor] = []
@@ -62,7 +67,7 @@ class FrozenModel:
             out = F.scaled_dot_product_attention(q, _spread(k, group), _spread(v, group), is_causal=True)
             return out.transpose(1, 2).flatten(0, 1)
 
-        hidden, final = self._run(ids, 0, attend)
+        hidden, final = self._run(ids, 0, attend, pictures)
 
         def tail(x: Tensor) -> Tensor:
             return x.view(batch, length, -1)[:, context:].flatten(0, 1)

@@ -23,6 +23,7 @@ from fastcache.models.ops import Ops
 from fastcache.tokenizer import load_tokenizer
 from fastcache.training.frozen import Cache, FrozenModel, Teacher
 from fastcache.training.judge import Compress, continuation_quality, eviction
+from fastcache.training.shapes_compressor import ShapesCompressorTrainer
 from fastcache.training.text import Corpus, even_windows, read_corpus, require_length
 from fastcache.training.trainer import TrainConfig, Trainer
 
@@ -36,7 +37,8 @@ QUERY_WINDOW = 64
 
 
 class Job:
-    """`source`: which code this is, for the record. Errors: `ModelFolderError`, `DatasetError`, `ConfigError`,
+    """`text`: files to train on; none stands for albums of coloured shapes, on the model that is made for them.
+    `source`: which code this is, for the record. Errors: `ModelFolderError`, `DatasetError`, `ConfigError`,
     `CheckpointError`.
     """
 
@@ -89,7 +91,10 @@ class Job:
         """
         torch.backends.cuda.matmul.allow_tf32 = True
         with sdpa_kernel(ATTENTION):
-            trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
+            if self.corpora:
+                trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
+            else:
+                trainer = ShapesCompressorTrainer(self.frozen, self.config, self.state_file)
             log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
             if not trainer.run(stop_after_s=stop_after_s, finish_within_s=finish_within_s):
                 return None

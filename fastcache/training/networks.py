@@ -7,17 +7,18 @@ puts them into the first and last linear layer. What is saved and run is the pla
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastcache.compression.merge import MergeLayout, Net, rotate
+from fastcache.compression.merge import MergeLayout, Net, Spans, rotate
 from fastcache.compression.merge_checkpoint import LINEAR, tensor_name
 from fastcache.training.frozen import Cache
 
-KINDS = ("tk", "tv")
+TEXT, IMAGES = ("tk", "tv"), ("ik", "iv")
 
 
 class MergeNetworks:
@@ -35,13 +36,14 @@ class MergeNetworks:
         layout: MergeLayout,
         seed: int,
         device: torch.device,
+        kinds: Sequence[str] = TEXT,
     ) -> None:
-        self.layout, self.num_layers = layout, num_layers
+        self.layout, self.num_layers, self.kinds = layout, num_layers, tuple(kinds)
         shapes = {0: (hidden, layout.factor * head_dim), 3: (hidden, hidden), 6: (head_dim, hidden)}
         generator = torch.Generator().manual_seed(random.Random(f"{seed}/networks").getrandbits(48))
         self.parameters: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
-        for kind in KINDS:
+        for kind in self.kinds:
             for linear, (rows, columns) in shapes.items():
                 # He et al. 2015, for ReLU
                 scale = 0.0 if linear == LINEAR[-1] else (2.0 / columns) ** 0.5
@@ -54,14 +56,20 @@ class MergeNetworks:
             parameter.requires_grad_()
 
     @torch.no_grad()
-    def normalise(self, caches: Sequence[Cache], cos_sin: Tensor) -> None:
-        """Measure mean and spread of each layer's entries, in the units the networks see."""
+    def normalise(self, caches: Sequence[Cache], cos_sin: Tensor, spans: Spans = ()) -> None:
+        """Measure mean and spread of each layer's entries, in the units the networks see. spans: of pictures."""
+        runs = dataclasses.replace(self.layout, recent=0).segments(caches[0][0].shape[2], spans)
+        places = {
+            kind: [torch.arange(first, end) for first, end, image in runs if image == (kind in IMAGES)]
+            for kind in self.kinds
+        }
         for layer, (keys, values) in enumerate(caches):
             keys = keys.float()
             if self.layout.unrotated:
                 keys = rotate(keys, cos_sin[: keys.shape[2]], -1.0)
-            for kind, entries in zip(KINDS, (keys, values.float()), strict=True):
-                flat = entries[:, :, self.layout.n_sink :].flatten(0, 2)
+            for kind in self.kinds:
+                entries = keys if kind.endswith("k") else values.float()
+                flat = entries[:, :, torch.cat(places[kind]).to(keys.device)].flatten(0, 2)
                 self.constants[f"{kind}.mean"][layer] = flat.mean(0)
                 self.constants[f"{kind}.spread"][layer] = flat.std(0).clamp(min=1e-6)
 
@@ -71,7 +79,7 @@ class MergeNetworks:
         rounded: what weights will be stored in. The first bias then makes up for what rounding does to the mean, which
         in keys is many times the spread.
         """
-        return {kind: self._fold(kind, rounded) for kind in KINDS}
+        return {kind: self._fold(kind, rounded) for kind in self.kinds}
 
     def _fold(self, kind: str, rounded: torch.dtype) -> Net:
         mean, spread = (self.constants[f"{kind}.{part}"] for part in ("mean", "spread"))

@@ -33,9 +33,11 @@ class ShapesModelConfig(StrictConfig):
         for name in ("width", "vision_layers", "text_layers", "heads", "kv_heads", "patch"):
             positive_int(name, getattr(self, name))
         require(
-            self.width % (2 * self.heads) == 0 and self.heads % self.kv_heads == 0 and PICTURE % self.patch == 0,
-            f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}, patch {self.patch}; width must divide by "
-            f"twice the heads, heads by kv_heads, and a picture's {PICTURE} pixels by patch.",
+            self.width % (2 * self.heads) == 0
+            and self.heads % self.kv_heads == 0
+            and PICTURE % self.patch == 0,
+            f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}, patch {self.patch}; width must divide "
+            f"by twice the heads, heads by kv_heads, and a picture's {PICTURE} pixels by patch.",
         )
 
     @property

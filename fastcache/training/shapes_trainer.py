@@ -29,8 +29,8 @@ HELD_OUT_ALBUMS = 100  # of each number of pictures, when the finished model is 
 class ShapesTrainConfig(StrictConfig):
     """What decides the result. A step has albums of 1, 2 or 3 pictures in turn, `pictures_per_step` in all, and three
     questions for each picture. In the first `align_steps` the tower and the projector alone learn to name what each
-    patch shows; after that the answers are learned too, and naming goes on with weight `align_weight`. The learning rate
-    warms up over 50 steps and falls to a fiftieth along a cosine; AdamW, gradients clipped at norm 1.
+    patch shows; after that the answers are learned too, and naming goes on with weight `align_weight`. The learning
+    rate warms up over 50 steps and falls to a fiftieth along a cosine; AdamW, gradients clipped at norm 1.
     """
 
     model: ShapesModelConfig = field(default_factory=ShapesModelConfig)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastcache.config import StrictConfig, positive_int, require
 from fastcache.errors import CheckpointError
 from fastcache.training.distil import distillation_loss
 from fastcache.training.frozen import FrozenModel
-from fastcache.training.networks import MergeNetworks
+from fastcache.training.networks import TEXT, MergeNetworks
 from fastcache.training.text import Corpus, random_windows
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ class TrainConfig(StrictConfig):
 
 class Trainer:
     """State of a run: networks, optimiser, step. `state_file` holds it between starts. `config.steps` becomes what a
-    run with a time limit found room for; that many without a limit give the same networks."""
+    run with a time limit found room for; that many without a limit give the same networks. `kinds`: the networks'."""
+
+    kinds: ClassVar[tuple[str, ...]] = TEXT
 
     def __init__(
         self, frozen: FrozenModel, corpora: Sequence[Corpus], config: TrainConfig, state_file: Path | None
@@ -92,15 +94,25 @@ class Trainer:
         shape = frozen.model.config
         self.device = frozen.model.cos_sin.device
         self.networks = MergeNetworks(
-            shape.num_layers, shape.head_dim, config.hidden, config.layout, config.seed, self.device
+            shape.num_layers,
+            shape.head_dim,
+            config.hidden,
+            config.layout,
+            config.seed,
+            self.device,
+            self.kinds,
         )
         self.optimiser = torch.optim.Adam(self.networks.parameters.values(), lr=config.learning_rate)
         self.step, self.losses = 0, []
         if state_file is not None and state_file.is_file():
             self._resume(state_file)
         else:
-            ids = self._windows("calibration", config.context, CALIBRATION_WINDOWS)
-            self.networks.normalise(frozen.teacher(ids, config.context).caches, frozen.model.cos_sin)
+            self._calibrate()
+
+    def _calibrate(self) -> None:
+        ids = self._windows("calibration", self.config.context, CALIBRATION_WINDOWS)
+        caches = self.frozen.teacher(ids, self.config.context).caches
+        self.networks.normalise(caches, self.frozen.model.cos_sin)
 
     def _windows(self, what: str, length: int, count: int) -> Tensor:
         windows = random_windows(self.corpora, length, count, f"{self.config.seed}/{what}")
@@ -141,25 +153,27 @@ class Trainer:
             self.config = dataclasses.replace(self.config, steps=round(self.step / STAY))
             log.info("%.0f %% of the time is gone: %d steps in all", 100 * share, self.config.steps)
 
-    def _one_step(self) -> None:
+    def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of this step, and its parts."""
         config = self.config
         spread = config.context - config.min_context + 1
         # The context length of a step is drawn like its windows: from the seed and the step's number alone.
         draw = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         context = config.min_context + int(torch.randint(spread, (1,), generator=draw))
         ids = self._windows(f"step {self.step}", context + config.continuation, config.batch_size)
+        return distillation_loss(self.frozen, self.networks, ids, context, config.hidden_weight)
+
+    def _one_step(self) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = config.rate(self.step)
-        loss, parts = distillation_loss(self.frozen, self.networks, ids, context, config.hidden_weight)
+            group["lr"] = self.config.rate(self.step)
+        loss, parts = self._loss()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.networks.parameters.values(), 1.0)
         self.optimiser.step()
         self.step += 1
-        if self.step % LOG_EVERY == 0 or self.step in (
-            1,
-            config.steps,
-        ):  # reading a loss waits for the device
+        # Reading a loss waits for the device.
+        if self.step % LOG_EVERY == 0 or self.step in (1, self.config.steps):
             self.losses.append({name: round(float(value), 5) for name, value in parts.items()})
 
     def save(self) -> None:

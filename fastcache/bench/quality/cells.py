@@ -4,7 +4,7 @@
       models:    [aliases of `models`; default, all that have a folder]
       methods:   [names, or {name, params, head_budgets, kv_dtype, query_aware, ratios}]
       ratios:    [shares of the KV entries that are removed]
-      tasks:     [{name, context, output, samples}]
+      tasks:     [{name, context, output, samples, pictures}]
       text:      a UTF-8 file, default the prose that ships with Python
       seed, timeout_s
 
@@ -28,8 +28,9 @@ from fastcache.config import StrictConfig, check_kv_dtype, one_of, open_interval
 
 FULL, NO_CONTEXT, RANDOM = "full", "no_context", "random"
 GUARDS = (FULL, NO_CONTEXT, RANDOM)
-TASKS = ("continuation", "greedy", "needles4", "needle", "kv_lookup")
-RETRIEVAL = TASKS[2:]
+SHAPES = "shapes"
+RETRIEVAL = ("needles4", "needle", "kv_lookup")
+TASKS = ("continuation", "greedy", *RETRIEVAL, SHAPES)
 QUALITY_KEYS = ("models", "methods", "ratios", "tasks", "text", "seed", "timeout_s")
 METHOD_KEYS = ("name", "params", "head_budgets", "kv_dtype", "query_aware", "ratios")
 DEFAULT_RATIOS = (0.2, 0.5, 0.8)
@@ -38,18 +39,25 @@ DEFAULT_RATIOS = (0.2, 0.5, 0.8)
 @dataclass(frozen=True)
 class TaskConfig(StrictConfig):
     """`samples` contexts of `context` tokens. `output`: tokens scored after them (continuation), or generated (greedy);
-    retrieval tasks have answers of their own length and take none."""
+    retrieval and shapes have answers of their own length and take none. `pictures`: of each context of shapes, whose
+    tokens may be fewer than `context` and not more."""
 
     name: str
     context: int = 1024
     output: int | None = None
     samples: int = 16
+    pictures: int | None = None
 
     def __post_init__(self) -> None:
         one_of("quality task", self.name, TASKS)
         positive_int(f"task {self.name}: context", self.context)
         positive_int(f"task {self.name}: samples", self.samples)
-        if self.name in RETRIEVAL:
+        if self.name == SHAPES:
+            object.__setattr__(self, "pictures", 3 if self.pictures is None else self.pictures)
+            positive_int("task shapes: pictures", self.pictures)
+        else:
+            require(self.pictures is None, f"task {self.name!r} takes no `pictures`.")
+        if self.name in (*RETRIEVAL, SHAPES):
             require(
                 self.output is None,
                 f"task {self.name!r} takes no `output`: its answers have their own length.",

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fastcache.bench.cell import classify, engine_facts
 from fastcache.bench.quality import metrics
-from fastcache.bench.quality.cells import RETRIEVAL, QualityCell, TaskConfig
-from fastcache.bench.quality.pair import Pair
+from fastcache.bench.quality.cells import RETRIEVAL, SHAPES, QualityCell, TaskConfig
+from fastcache.bench.quality.pair import Pair, Pictures
 from fastcache.bench.quality.retrieval import Item, item
 from fastcache.bench.quality.row import blank_row
+from fastcache.bench.quality.shapes import ShapesReader, by_kind, examples
 from fastcache.bench.quality.texts import Prose, load_prose, windows
 from fastcache.bench.row import failure, write_json
 from fastcache.bench.supervise import die_with_parent
@@ -81,6 +82,8 @@ def _task(
     task: TaskConfig, cell: QualityCell, pair: Pair, prose: Prose, encode: Callable[[str], list[int]]
 ) -> dict:
     """The task's numbers, with `skipped`: why they may not be used, or None."""
+    if task.name == SHAPES:
+        return _shapes(task, cell, pair)
     if task.name in RETRIEVAL:
         items = [item(task.name, i, task.context, cell.seed, prose, encode) for i in range(task.samples)]
         result = metrics.retrieval(*zip(*(_asked(pair, each) for each in items), strict=True))
@@ -93,14 +96,29 @@ def _task(
     return metrics.continuation(*zip(*parts, strict=True), tokens=task.output) | {"skipped": None}
 
 
-def _asked(pair: Pair, each: Item) -> tuple[list[bool], list[bool], list[float], list[float]]:
+def _shapes(task: TaskConfig, cell: QualityCell, pair: Pair) -> dict[str, Any]:
+    """As retrieval, with the kinds of question apart and examples to look at."""
+    reader = ShapesReader(pair.model)
+    items = [reader.item(i, task.pictures, cell.seed) for i in range(task.samples)]
+    outcomes = list(zip(*(_asked(pair, each.item, each.pictures) for each in items), strict=True))
+    result = metrics.retrieval(*outcomes)
+    return result | {
+        "kinds": by_kind(items, *outcomes[:2]),
+        "examples": examples(pair, items),
+        "skipped": metrics.unusable(task.name, result),
+    }
+
+
+def _asked(
+    pair: Pair, each: Item, pictures: Pictures = ()
+) -> tuple[list[bool], list[bool], list[float], list[float]]:
     """Outcomes and answer NLLs of the whole cache and of the cell's, question by question.
 
     Greedy decoding gives exactly the answer if and only if each of its tokens is the likeliest after those before it.
     """
     questions, answers = [q.prompt for q in each.questions], [q.answer for q in each.questions]
-    full = pair.full(each.context, questions, answers)
-    ours = full if pair.same else pair.ours(each.context, questions, answers)
+    full = pair.full(each.context, questions, answers, pictures)
+    ours = full if pair.same else pair.ours(each.context, questions, answers, pictures)
     right, loss = [], []
     for side in (full, ours):
         pairs = list(zip(side, answers, strict=True))

@@ -12,6 +12,7 @@ from fastcache.config import CompressionConfig, SamplingParams
 # Questions asked of one context at once; beside them the pool keeps the pages of the whole context.
 AT_ONCE = 8
 Ids = Sequence[int]
+Pictures = Sequence[Any]  # as `LLM` takes them; a context then has every image token's placeholder
 
 
 class Pair:
@@ -36,7 +37,7 @@ class Pair:
         self.same = cell.method == FULL and cell.kv_dtype == "auto"
         self.compressed_requests = self.uncompressed_requests = 0
         self._kept: list[float] = []
-        self._stored: dict[int, Ids] = {}  # engine -> the context it computed last
+        self._stored: dict[int, tuple[Ids, Pictures]] = {}  # engine -> the context it computed last
 
     @property
     def model(self) -> Any:
@@ -49,26 +50,48 @@ class Pair:
             return 0.0
         return sum(self._kept) / len(self._kept) if self._kept else 1.0
 
-    def full(self, context: Ids, questions: Sequence[Ids], answers: Sequence[Ids]) -> list[Any]:
+    def full(
+        self, context: Ids, questions: Sequence[Ids], answers: Sequence[Ids], pictures: Pictures = ()
+    ) -> list[Any]:
         """(answer tokens, vocab) float32 log-probabilities for each answer, from the whole cache."""
-        prompts = [[*context, *question] for question in questions]
-        self._store(self._full, context)
+        prompts = [_prompt([*context, *question], pictures) for question in questions]
+        self._store(self._full, context, pictures)
         return [output.logprobs for output in self._full.score(prompts, answers, [0] * len(prompts))]
 
-    def ours(self, context: Ids, questions: Sequence[Ids], answers: Sequence[Ids]) -> list[Any]:
+    def ours(
+        self, context: Ids, questions: Sequence[Ids], answers: Sequence[Ids], pictures: Pictures = ()
+    ) -> list[Any]:
         """The same from the cell's cache: compressed, of another type, or without the context."""
+        prompts, lens = self._asked(context, questions, pictures)
+        if self.cell.method != NO_CONTEXT:
+            self._store(self._ours, context, pictures)
+        outputs = self._ours.score(prompts, answers, lens)
+        self._count(outputs)
+        return [output.logprobs for output in outputs]
+
+    def answers(
+        self, context: Ids, questions: Sequence[Ids], length: int, pictures: Pictures = ()
+    ) -> tuple[list[str], list[str]]:
+        """What both caches answer, as text: greedy, at most `length` tokens."""
+        params = SamplingParams(max_tokens=length)
+        whole = [_prompt([*context, *question], pictures) for question in questions]
+        full = self._full.generate(whole, params, [0] * len(whole))
+        prompts, lens = self._asked(context, questions, pictures)
+        ours = full if self.same else self._ours.generate(prompts, params, lens)
+        return [output.text.strip() for output in full], [output.text.strip() for output in ours]
+
+    def _asked(
+        self, context: Ids, questions: Sequence[Ids], pictures: Pictures
+    ) -> tuple[list[Any], list[int]]:
+        """Prompts for the cell's cache, and how many of their tokens it compresses."""
         if self.cell.method == NO_CONTEXT:
-            context = []
-        prompts = [[*context, *question] for question in questions]
-        lens = [0] * len(prompts)
+            return [list(question) for question in questions], [0] * len(questions)
+        prompts, lens = [[*context, *question] for question in questions], [0] * len(questions)
         if (
             self._compresses
         ):  # query-aware, the last token stays outside: something has to ask the compressed cache
             lens = [len(p) - 1 if self.cell.query_aware else len(context) for p in prompts]
-        self._store(self._ours, context)
-        outputs = self._ours.score(prompts, answers, lens)
-        self._count(outputs)
-        return [output.logprobs for output in outputs]
+        return [_prompt(ids, pictures) for ids in prompts], lens
 
     def generate(self, contexts: Sequence[Ids], length: int) -> tuple[list[list[int]], list[list[int]]]:
         """`length` greedy tokens after each context, from both caches; a context's last token is never compressed."""
@@ -88,11 +111,13 @@ class Pair:
             self._count(mine)
         return [output.token_ids for output in whole], [output.token_ids for output in mine]
 
-    def _store(self, llm: Any, context: Ids) -> None:
+    def _store(self, llm: Any, context: Ids, pictures: Pictures = ()) -> None:
         """Compute a context once, so that everything asked of it shares its pages, and reads what they store."""
-        if context and self._stored.get(id(llm)) != context:
-            llm.generate([list(context)], SamplingParams(max_tokens=1, ignore_eos=True), [0])
-            self._stored[id(llm)] = context
+        known = (context, pictures)
+        if context and self._stored.get(id(llm)) != known:
+            prompt = _prompt(list(context), pictures)
+            llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True), [0])
+            self._stored[id(llm)] = known
 
     def _count(self, outputs: Sequence[Any]) -> None:
         for metrics in (output.metrics for output in outputs):
@@ -105,6 +130,10 @@ class Pair:
     def close(self) -> None:
         for llm in {id(each): each for each in (self._ours, self._full)}.values():
             llm.close()
+
+
+def _prompt(ids: list[int], pictures: Pictures) -> Any:
+    return {"prompt": ids, "images": list(pictures)} if pictures else ids
 
 
 def _options(cell: QualityCell, longest: int) -> dict[str, Any]:

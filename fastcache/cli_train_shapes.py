@@ -19,7 +19,8 @@ from fastcache.config import DEVICES
 SETTINGS = {
     "steps": "optimiser steps",
     "align_steps": "first steps, in which the vision tower alone learns to name what a patch shows",
-    "align_weight": "weight of that naming beside the answers afterwards",
+    "coarse_steps": "steps after those, in which the language model alone learns to answer over one token per cell",
+    "align_weight": "weight of the naming beside the answers in the remaining steps",
     "pictures_per_step": "pictures per step, in prompts of one, two and three",
     "questions_per_picture": "questions per picture",
     "learning_rate": "highest learning rate",

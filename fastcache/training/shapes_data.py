@@ -12,21 +12,27 @@ from torch import Tensor
 
 from fastcache.models.pictures import CLIP_MEAN, CLIP_STD
 from fastcache.shapes.album import Album, Asked, album
+from fastcache.shapes.questions import COLUMNS
 from fastcache.shapes.scene import COLOURS, GRID, SHAPES, Scene
 from fastcache.training.shapes_model import BOS_ID, EOS_ID, PAD_ID, encode
 
 SLOT = 12  # tokens of the longest question with its answer and its end
-# What a patch shows, for the alignment loss: shape and colour (0: nothing), row and column of its cell.
-PARTS = (len(SHAPES) + 1, len(COLOURS) + 1, GRID, GRID)
+# Words for what a patch shows, one of each row: a shape and a colour or nothing, the row and the column of its cell.
+NAMES = (
+    [PAD_ID, *encode(" ".join(SHAPES))],
+    [PAD_ID, *encode(" ".join(COLOURS))],
+    encode(" ".join(str(row) for row in range(1, GRID + 1))),
+    encode(" ".join(COLUMNS)),
+)
 
 
 @dataclass(frozen=True)
 class Batch:
     """B albums of n pictures, Q questions each.
 
-    pixels: (B n, 3, size, size) uint8. patches: (B n, tokens, 4) int64, see `PARTS`. context: (B, N) ids with one
-    placeholder for each image token. slots: (B, Q, SLOT) question, answer, end, padding. targets: (B, Q, SLOT), the
-    answer token that follows each place, or -100.
+    pixels: (B n, 3, size, size) uint8. patches: (B n, tokens, 4) int64, a word of each of `NAMES`. context: (B, N)
+    ids with one placeholder for each image token. slots: (B, Q, SLOT) question, answer, end, padding. targets:
+    (B, Q, SLOT), the answer token that follows each place, or -100.
     """
 
     pixels: Tensor
@@ -41,8 +47,10 @@ class Batch:
         return Batch(*moved, self.asked)
 
 
-def batch(split: str, seed: str, albums: int, pictures: int, asked: int, side: int) -> Batch:
-    """Seeded; pictures have `side` patches along each edge."""
+def batch(
+    split: str, seed: str, albums: int, pictures: int, asked: int, side: int, image_tokens: int | None = None
+) -> Batch:
+    """Seeded; pictures have `side` patches along each edge, and as many tokens if `image_tokens` does not say less."""
     made = [album(split, f"{seed}/{i}", pictures) for i in range(albums)]
     scenes = [one for each in made for one in each.scenes]
     pixels = np.stack([np.asarray(one.draw()) for one in scenes]).transpose(0, 3, 1, 2)
@@ -52,7 +60,7 @@ def batch(split: str, seed: str, albums: int, pictures: int, asked: int, side: i
     return Batch(
         torch.from_numpy(np.ascontiguousarray(pixels)),
         torch.stack([_patches(one, side) for one in scenes]),
-        torch.tensor([context_ids(each, side * side) for each in made]),
+        torch.tensor([context_ids(each, image_tokens or side * side) for each in made]),
         slots,
         targets,
         questions,
@@ -72,7 +80,7 @@ def _slot(asked: Asked) -> tuple[list[int], list[int]]:
 
 
 def _patches(scene: Scene, side: int) -> Tensor:
-    """(side * side, 4): `PARTS` of each patch, row by row."""
+    """(side * side, 4): words of `NAMES` for each patch, row by row."""
     cells = torch.zeros(GRID, GRID, 4, dtype=torch.int64)
     cells[..., 2], cells[..., 3] = torch.arange(GRID)[:, None], torch.arange(GRID)
     for thing in scene.things:

@@ -11,7 +11,7 @@ import torch
 from fastcache.config import StrictConfig, positive_int, require
 from fastcache.errors import ConfigError
 from fastcache.shapes.album import IMAGE, words
-from fastcache.shapes.scene import PICTURE
+from fastcache.shapes.scene import GRID, PICTURE
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, IMAGE, UNKNOWN)
@@ -35,9 +35,9 @@ class ShapesModelConfig(StrictConfig):
         require(
             self.width % (2 * self.heads) == 0
             and self.heads % self.kv_heads == 0
-            and PICTURE % self.patch == 0,
+            and PICTURE // GRID % self.patch == 0,
             f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}, patch {self.patch}; width must divide "
-            f"by twice the heads, heads by kv_heads, and a picture's {PICTURE} pixels by patch.",
+            f"by twice the heads, heads by kv_heads, and a cell's {PICTURE // GRID} pixels by patch.",
         )
 
     @property

@@ -17,25 +17,33 @@ from torch import Tensor, nn
 
 from fastcache.config import StrictConfig, positive_int, require
 from fastcache.errors import CheckpointError
-from fastcache.training.shapes_data import PARTS, SLOT, Batch, batch, by_kind, normalise, packing, right
+from fastcache.shapes.scene import GRID
+from fastcache.training.shapes_data import NAMES, SLOT, Batch, batch, by_kind, normalise, packing, right
 from fastcache.training.shapes_model import ShapesModelConfig, build, save
 
 log = logging.getLogger(__name__)
 
+NAMING_SCALE = 8.0  # of a patch's likeness to a word, before the softmax
 HELD_OUT_ALBUMS = 100  # of each number of pictures, when the finished model is judged
 
 
 @dataclass(frozen=True)
 class ShapesTrainConfig(StrictConfig):
-    """What decides the result. A step has albums of 1, 2 or 3 pictures in turn, `pictures_per_step` in all, and three
-    questions for each picture. In the first `align_steps` the tower and the projector alone learn to name what each
-    patch shows; after that the answers are learned too, and naming goes on with weight `align_weight`. The learning
-    rate warms up over 50 steps and falls to a fiftieth along a cosine; AdamW, gradients clipped at norm 1.
+    """What decides the result. A step has albums of 1, 2 or 3 pictures in turn, `pictures_per_step` in all, and
+    `questions_per_picture` questions for each picture. Three stages, from the easy to the whole:
+
+    - `align_steps`: tower and projector learn to name what each patch shows, in the language model's words.
+    - `coarse_steps`: the language model learns to answer, over one token for each cell of the grid: the mean of the
+      cell's patches. The tower rests.
+    - the rest of `steps`: all of it, over every patch; naming goes on with weight `align_weight`.
+
+    The learning rate warms up over 50 steps and falls to a fiftieth along a cosine; AdamW, gradients clipped at norm 1.
     """
 
     model: ShapesModelConfig = field(default_factory=ShapesModelConfig)
-    steps: int = 1500
+    steps: int = 1250
     align_steps: int = 200
+    coarse_steps: int = 800
     align_weight: float = 0.3
     pictures_per_step: int = 36
     most_pictures: int = 3
@@ -48,8 +56,9 @@ class ShapesTrainConfig(StrictConfig):
         for name in ("steps", "pictures_per_step", "most_pictures", "questions_per_picture"):
             positive_int(name, getattr(self, name))
         require(
-            0 <= self.align_steps < self.steps,
-            f"align_steps is {self.align_steps}; allowed is 0 to steps - 1, {self.steps - 1}.",
+            min(self.align_steps, self.coarse_steps) >= 0 and self.align_steps + self.coarse_steps < self.steps,
+            f"align_steps is {self.align_steps}, coarse_steps {self.coarse_steps}; allowed are numbers of at least 0 "
+            f"with a sum below steps, {self.steps}.",
         )
         numbers = (self.learning_rate, self.weight_decay, self.align_weight)
         require(
@@ -69,9 +78,8 @@ class ShapesTrainer:
     def __init__(self, config: ShapesTrainConfig, state_file: Path | None, device: torch.device) -> None:
         self.config, self.state_file, self.device = config, state_file, device
         self.model = build(config.model, config.seed).to(device)
-        # Names what a patch shows; thrown away with the optimiser at the end.
-        self.namer = nn.Linear(config.model.width, sum(PARTS)).to(device)
-        self.parameters = [*self.model.parameters(), *self.namer.parameters()]
+        self.names = torch.tensor([token for part in NAMES for token in part], device=device)
+        self.parameters = list(self.model.parameters())
         self.optimiser = torch.optim.AdamW(
             self.parameters, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
@@ -98,31 +106,43 @@ class ShapesTrainer:
         return True
 
     def _one_step(self) -> None:
-        config, made = self.config, self._batch(self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = config.rate(self.step)
+            group["lr"] = self.config.rate(self.step)
         with torch.autocast(self.device.type, torch.bfloat16):
-            features = self._features(made.pixels)
-            loss = parts = self._naming(features, made.patches)
-            losses = {"naming": parts}
-            if self.step >= config.align_steps:
-                wanted = made.targets >= 0
-                logits = self._answers(features, made, wanted)
-                losses["answers"] = F.cross_entropy(logits.float(), made.targets[wanted])
-                loss = losses["answers"] + config.align_weight * parts
+            losses = self._losses()
+        loss = losses["naming"] if "answers" not in losses else losses["answers"]
+        if len(losses) == 2:
+            loss = loss + self.config.align_weight * losses["naming"]
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.step += 1
-        if self.step % 20 == 0 or self.step in (1, config.steps):  # reading a loss waits for the device
-            self.losses.append({"step": self.step} | {k: round(float(v), 5) for k, v in losses.items()})
+        if self.step % 20 == 0 or self.step in (1, self.config.steps):  # reading a loss waits for the device
+            self.losses.append({"step": self.step} | {k: round(float(v.detach()), 5) for k, v in losses.items()})
 
-    def _batch(self, step: int) -> Batch:
+    def _losses(self) -> dict[str, Tensor]:
+        """Of this step's stage."""
         config = self.config
-        pictures = 1 + step % config.most_pictures
+        after = self.step - config.align_steps
+        coarse = 0 <= after < config.coarse_steps
+        pictures = 1 + self.step % config.most_pictures
         albums, asked = max(1, config.pictures_per_step // pictures), pictures * config.questions_per_picture
-        return batch("train", f"{config.seed}/{step}", albums, pictures, asked, self._side).to(self.device)
+        seed, tokens = f"{config.seed}/{self.step}", GRID * GRID if coarse else None
+        made = batch("train", seed, albums, pictures, asked, self._side, tokens).to(self.device)
+        with torch.set_grad_enabled(not coarse):
+            features = self._features(made.pixels)
+        losses = {} if coarse else {"naming": self._naming(features, made.patches)}
+        if after >= 0:
+            wanted = made.targets >= 0
+            logits = self._answers(self._cells(features) if coarse else features, made, wanted)
+            losses["answers"] = F.cross_entropy(logits.float(), made.targets[wanted])
+        return losses
+
+    def _cells(self, features: Tensor) -> Tensor:
+        """(pictures, patches, width) -> (pictures, cells, width): the mean of each cell's patches."""
+        square = features.transpose(1, 2).unflatten(2, (self._side, self._side))
+        return F.avg_pool2d(square, self._side // GRID).flatten(2).transpose(1, 2)
 
     @property
     def _side(self) -> int:
@@ -135,7 +155,9 @@ class ShapesTrainer:
         return inner.multi_modal_projector(states[-1][:, 1:])
 
     def _naming(self, features: Tensor, patches: Tensor) -> Tensor:
-        parts = self.namer(features).float().split(PARTS, -1)
+        """How well each patch's embedding is told apart by those of the words for what it shows."""
+        words = self.model.get_input_embeddings()(self.names)
+        parts = (NAMING_SCALE * F.linear(features, words)).float().split([len(part) for part in NAMES], -1)
         losses = [F.cross_entropy(p.flatten(0, 1), patches[..., i].flatten()) for i, p in enumerate(parts)]
         return torch.stack(losses).mean()
 
@@ -204,7 +226,6 @@ class ShapesTrainer:
             "step": self.step,
             "losses": self.losses,
             "model": self.model.state_dict(),
-            "namer": self.namer.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +241,6 @@ class ShapesTrainer:
                 "output."
             )
         self.model.load_state_dict(state["model"])
-        self.namer.load_state_dict(state["namer"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.losses = state["step"], state["losses"]
         log.info("continuing at step %d from %s", self.step, file)

@@ -82,3 +82,54 @@ rule train_scorer:
     shell:
         "python -m fastcache.cli train-scorer --model {params.model} --text {input.train}"
         " --heldout {input.heldout} {params.settings} --output {output} > {log} 2>&1"
+
+
+# The small multimodal model of coloured shapes, from scratch: results/published/shapes-model/ holds one that was trained so.
+rule train_shapes:
+    output:
+        multiext(
+            "results/shapes/model/",
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "training.json",
+        ),
+    log:
+        "results/logs/train_shapes.log",
+    benchmark:
+        "results/benchmarks/train_shapes.tsv"
+    conda:
+        "../../envs/dev.yaml"
+    resources:
+        gpu=1,
+    params:
+        folder=subpath(output[0], parent=True),
+    message:
+        "Training the small multimodal model of coloured shapes"
+    shell:
+        "python -m fastcache.cli train-shapes --output {params.folder} > {log} 2>&1"
+
+
+rule train_shapes_compressor:
+    input:
+        rules.train_shapes.output,
+    output:
+        "results/shapes/mlp-f{factor}.safetensors",
+    log:
+        "results/logs/train_shapes/mlp-f{factor}.log",
+    benchmark:
+        "results/benchmarks/train_shapes/mlp-f{factor}.tsv"
+    wildcard_constraints:
+        factor=r"[1-9]\d*",
+    conda:
+        "../../envs/cpu.yaml"
+    resources:
+        gpu=1,
+    params:
+        model=subpath(input[0], parent=True),
+        settings="--steps 400 --n-sink 1 --hidden 64 --batch-size 6 --learning-rate 3e-3",
+    message:
+        "Training networks that merge {wildcards.factor} KV entries of pictures into one"
+    shell:
+        "python -m fastcache.cli train-compressor --model {params.model} --shapes"
+        " --factor {wildcards.factor} {params.settings} --output {output} > {log} 2>&1"

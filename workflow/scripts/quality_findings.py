@@ -8,12 +8,14 @@ from typing import Any
 Row = dict[str, Any]
 # The score a figure shows: retrieval first, since perplexity saturates; else how far the distribution stays the same.
 SCORES = (
+    ("shapes", "accuracy"),
     ("needles4", "accuracy"),
     ("needle", "accuracy"),
     ("kv_lookup", "accuracy"),
     ("continuation", "top1"),
 )
 NAMES = {
+    ("shapes", "accuracy"): "questions about pictures answered",
     ("needles4", "accuracy"): "needles found, of four per context",
     ("needle", "accuracy"): "needles found",
     ("kv_lookup", "accuracy"): "keys looked up",
@@ -100,3 +102,22 @@ def best_per_budget(found: Sequence[Row]) -> list[Row]:
             loss = None if full is None else full["score"] - best["score"]
             lines.append({**best, "budget": share, "of": len(budgets[share]), "loss": loss})
     return lines
+
+
+def pictures(rows: Sequence[Row]) -> list[Row]:
+    """For each model that was asked about pictures: its rows, the kinds of question, and examples with every answer."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model and "shapes" in row["tasks"]]
+        if own:
+            results = [row["tasks"]["shapes"] for row in own]
+            kinds = list(dict.fromkeys(kind for result in results for kind in result["kinds"]))
+            shown = results[0]["examples"]
+            # Rows of another seed or number of pictures were asked other questions.
+            alike = [row for row in own if _asked(row) == _asked(own[0])]
+            found.append({"model": model, "rows": own, "kinds": kinds, "examples": shown, "alike": alike})
+    return found
+
+
+def _asked(row: Row) -> list[tuple[str, str]]:
+    return [(each["picture"], each["question"]) for each in row["tasks"]["shapes"]["examples"]]

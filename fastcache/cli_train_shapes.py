@@ -44,13 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastcache.engine.resolve import resolve_device
     from fastcache.training.shapes_trainer import ShapesTrainConfig, ShapesTrainer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = ShapesTrainConfig(**{name: getattr(args, name) for name in SETTINGS})
     state = args.output.with_name(args.output.name + ".state")
-    trainer = ShapesTrainer(config, state, resolve_device(args.device))
+    trainer = ShapesTrainer(config, state, args.device)
     if not trainer.run(stop_after_s=args.stop_after):
         sys.stderr.write(f"stopped early; start again to go on from {state}\n")
         return STOPPED

@@ -1,6 +1,6 @@
 """Several pictures in one prompt, and questions that say which picture they mean. Imports no torch.
 
-picture 1 <image> picture 2 <image> picture 3 <image> in picture 2 what colour is the circle ? red
+picture 1 <image> picture 2 <image> picture 3 <image> in picture 2 what colour is the circle red
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastcache.shapes.scene import COLOURS, GRID, MOST, SHAPES, Scene, scene
 
 IMAGE = "<image>"
 MOST_PICTURES = 9  # pictures are numbered by one digit
-_FIXED = "picture in what colour is the how many are there where things ?"
+_FIXED = "picture in what colour is the how many are where"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ COLUMNS = "abcde"  # cells are named as on a chessboard, rows counted from the t
 
 @dataclass(frozen=True)
 class Question:
-    """`kind`: one of `KINDS`. `text` ends in a question mark; `answer` is the only right one."""
+    """`kind`: one of `KINDS`. `text` ends in the word that is asked about; `answer` is the only right one."""
 
     kind: str
     text: str
@@ -30,7 +30,7 @@ def plural(shape: str) -> str:
 
 def _colours(scene: Scene) -> list[Question]:
     return [
-        Question("colour", f"what colour is the {thing.shape} ?", thing.colour)
+        Question("colour", f"what colour is the {thing.shape}", thing.colour)
         for thing in scene.things
         if scene.count(shape=thing.shape) == 1
     ]
@@ -38,15 +38,15 @@ def _colours(scene: Scene) -> list[Question]:
 
 def _counts(scene: Scene) -> list[Question]:
     """Of every shape, also those that are not there, and of every colour that is."""
-    asked = [(f"how many {plural(shape)} are there ?", scene.count(shape=shape)) for shape in SHAPES]
+    asked = [(f"how many {plural(shape)}", scene.count(shape=shape)) for shape in SHAPES]
     present = [colour for colour in COLOURS if scene.count(colour=colour)]
-    asked += [(f"how many {colour} things are there ?", scene.count(colour=colour)) for colour in present]
+    asked += [(f"how many are {colour}", scene.count(colour=colour)) for colour in present]
     return [Question("count", text, str(number)) for text, number in asked]
 
 
 def _places(scene: Scene) -> list[Question]:
     return [
-        Question("where", f"where is the {t.colour} {t.shape} ?", f"{COLUMNS[t.column - 1]} {t.row}")
+        Question("where", f"where is the {t.colour} {t.shape}", f"{COLUMNS[t.column - 1]} {t.row}")
         for t in scene.things
         if scene.count(shape=t.shape, colour=t.colour) == 1
     ]

@@ -16,7 +16,7 @@ from fastcache.shapes.questions import COLUMNS
 from fastcache.shapes.scene import COLOURS, GRID, SHAPES, Scene
 from fastcache.training.shapes_model import BOS_ID, EOS_ID, PAD_ID, encode
 
-SLOT = 12  # tokens of the longest question with its answer and its end
+SLOT = 11  # tokens of the longest question with its answer and its end
 # Words for what a patch shows, one of each row: a shape and a colour or nothing, the row and the column of its cell.
 NAMES = (
     [PAD_ID, *encode(" ".join(SHAPES))],

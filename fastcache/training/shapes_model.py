@@ -82,6 +82,8 @@ def build(config: ShapesModelConfig, seed: int) -> Any:
         num_key_value_heads=config.kv_heads,
         head_dim=config.width // config.heads,
         max_position_embeddings=2048,
+        # transformers' 0.02 is for wide models: at this width attention would start all but blind to its inputs.
+        initializer_range=config.width**-0.5,
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcache.config import StrictConfig, positive_int, require
+from fastcache.engine.resolve import resolve_device
 from fastcache.errors import CheckpointError
 from fastcache.shapes.scene import GRID
 from fastcache.training.shapes_data import NAMES, SLOT, Batch, batch, by_kind, normalise, packing, right
@@ -29,12 +30,12 @@ HELD_OUT_ALBUMS = 100  # of each number of pictures, when the finished model is 
 
 @dataclass(frozen=True)
 class ShapesTrainConfig(StrictConfig):
-    """What decides the result. A step has albums of 1, 2 or 3 pictures in turn, `pictures_per_step` in all, and
-    `questions_per_picture` questions for each picture. Three stages, from the easy to the whole:
+    """What decides the result. A step has albums of up to `most_pictures` pictures, `pictures_per_step` in all,
+    and `questions_per_picture` questions for each picture. Three stages, from the easy to the whole:
 
     - `align_steps`: tower and projector learn to name what each patch shows, in the language model's words.
     - `coarse_steps`: the language model learns to answer, over one token for each cell of the grid: the mean of the
-      cell's patches. The tower rests.
+      cell's patches. Albums start with one picture and grow. The tower rests.
     - the rest of `steps`: all of it, over every patch; naming goes on with weight `align_weight`.
 
     The learning rate warms up over 50 steps and falls to a fiftieth along a cosine; AdamW, gradients clipped at norm 1.
@@ -56,7 +57,8 @@ class ShapesTrainConfig(StrictConfig):
         for name in ("steps", "pictures_per_step", "most_pictures", "questions_per_picture"):
             positive_int(name, getattr(self, name))
         require(
-            min(self.align_steps, self.coarse_steps) >= 0 and self.align_steps + self.coarse_steps < self.steps,
+            min(self.align_steps, self.coarse_steps) >= 0
+            and self.align_steps + self.coarse_steps < self.steps,
             f"align_steps is {self.align_steps}, coarse_steps {self.coarse_steps}; allowed are numbers of at least 0 "
             f"with a sum below steps, {self.steps}.",
         )
@@ -75,10 +77,11 @@ class ShapesTrainConfig(StrictConfig):
 class ShapesTrainer:
     """State of a run: model, optimiser, step. `state_file` holds it between starts."""
 
-    def __init__(self, config: ShapesTrainConfig, state_file: Path | None, device: torch.device) -> None:
-        self.config, self.state_file, self.device = config, state_file, device
-        self.model = build(config.model, config.seed).to(device)
-        self.names = torch.tensor([token for part in NAMES for token in part], device=device)
+    def __init__(self, config: ShapesTrainConfig, state_file: Path | None, device: str) -> None:
+        self.config, self.state_file = config, state_file
+        self.device = resolve_device(device)
+        self.model = build(config.model, config.seed).to(self.device)
+        self.names = torch.tensor([token for part in NAMES for token in part], device=self.device)
         self.parameters = list(self.model.parameters())
         self.optimiser = torch.optim.AdamW(
             self.parameters, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
@@ -119,14 +122,19 @@ class ShapesTrainer:
         self.optimiser.step()
         self.step += 1
         if self.step % 20 == 0 or self.step in (1, self.config.steps):  # reading a loss waits for the device
-            self.losses.append({"step": self.step} | {k: round(float(v.detach()), 5) for k, v in losses.items()})
+            self.losses.append(
+                {"step": self.step} | {k: round(float(v.detach()), 5) for k, v in losses.items()}
+            )
 
     def _losses(self) -> dict[str, Tensor]:
         """Of this step's stage."""
         config = self.config
         after = self.step - config.align_steps
         coarse = 0 <= after < config.coarse_steps
-        pictures = 1 + self.step % config.most_pictures
+        most = config.most_pictures
+        if coarse:  # albums grow, one picture in the first part of this stage
+            most = 1 + after * most // config.coarse_steps
+        pictures = 1 + self.step % most
         albums, asked = max(1, config.pictures_per_step // pictures), pictures * config.questions_per_picture
         seed, tokens = f"{config.seed}/{self.step}", GRID * GRID if coarse else None
         made = batch("train", seed, albums, pictures, asked, self._side, tokens).to(self.device)

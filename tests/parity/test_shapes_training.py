@@ -27,7 +27,7 @@ CONFIG = ShapesTrainConfig(
     questions_per_picture=2,
     learning_rate=3e-3,
 )
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def small(changes: dict | None = None) -> dict:

@@ -54,14 +54,14 @@ def test_the_four_shapes_cover_different_parts_of_a_cell():
 
 def answer(one: Scene, text: str) -> str:
     """The right answer, worked out from the sentence alone."""
-    if match := re.fullmatch(r"what colour is the (\w+) \?", text):
+    if match := re.fullmatch(r"what colour is the (\w+)", text):
         (thing,) = [t for t in one.things if t.shape == match[1]]
         return thing.colour
-    if match := re.fullmatch(r"how many (\w+) things are there \?", text):
+    if match := re.fullmatch(r"how many are (\w+)", text):
         return str(sum(t.colour == match[1] for t in one.things))
-    if match := re.fullmatch(r"how many (\w+) are there \?", text):
+    if match := re.fullmatch(r"how many (\w+)", text):
         return str(sum(plural(t.shape) == match[1] for t in one.things))
-    match = re.fullmatch(r"where is the (\w+) (\w+) \?", text)
+    match = re.fullmatch(r"where is the (\w+) (\w+)", text)
     (thing,) = [t for t in one.things if (t.colour, t.shape) == match.groups()]
     return f"{COLUMNS[thing.column - 1]} {thing.row}"
 

@@ -14,7 +14,7 @@ def row(label, ratio, given, accuracy, picture="iVBORw0KGgo="):
         "picture": picture,
         "number": 2,
         "of": 3,
-        "question": "where is the red circle ?",
+        "question": "where is the red circle",
         "answer": "b 4",
         "full": "b 4",
         "given": given,

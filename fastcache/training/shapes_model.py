@@ -16,6 +16,8 @@ from fastcache.shapes.scene import GRID, PICTURE
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, IMAGE, UNKNOWN)
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(4)
+# High, as heads are narrow: more of their dimensions turn slowly enough to find a picture's patch by what it shows.
+ROPE_THETA = 1e6
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ def build(config: ShapesModelConfig, seed: int) -> Any:
         max_position_embeddings=2048,
         # transformers' 0.02 is for wide models: at this width attention would start all but blind to its inputs.
         initializer_range=config.width**-0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
     )
     torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(
+    model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision,
             text_config=text,
@@ -100,6 +103,21 @@ def build(config: ShapesModelConfig, seed: int) -> Any:
             tie_word_embeddings=True,
         )
     )
+    _look_up(model, config.heads // config.kv_heads)
+    return model
+
+
+@torch.no_grad()
+def _look_up(model: Any, group: int) -> None:
+    """Attention starts as a look-up: a token attends to those like it and adds what they hold, since keys begin as
+    queries and outputs undo values (Trockman, Kolter 2023, arXiv:2305.09828). From independent weights a small model
+    first has to find both at once, which takes it longer than all the rest."""
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        heads = attention.q_proj.weight.unflatten(0, (-1, group, attention.head_dim))
+        attention.k_proj.weight.copy_(heads[:, 0].flatten(0, 1))
+        values = attention.v_proj.weight.unflatten(0, (-1, 1, attention.head_dim))
+        attention.o_proj.weight.copy_(values.expand(-1, group, -1, -1).flatten(0, 2).T)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -163,11 +163,17 @@ class ShapesTrainer:
         return inner.multi_modal_projector(states[-1][:, 1:])
 
     def _naming(self, features: Tensor, patches: Tensor) -> Tensor:
-        """How well each patch's embedding is told apart by those of the words for what it shows."""
+        """How well each patch's embedding is told apart by those of the words for what it shows. Patches of things and
+        of nothing count alike, though there are fewer of the first."""
         words = self.model.get_input_embeddings()(self.names)
         parts = (NAMING_SCALE * F.linear(features, words)).float().split([len(part) for part in NAMES], -1)
-        losses = [F.cross_entropy(p.flatten(0, 1), patches[..., i].flatten()) for i, p in enumerate(parts)]
-        return torch.stack(losses).mean()
+        things = patches[..., 0] > 0
+        losses = [
+            F.cross_entropy(p.flatten(0, 1), patches[..., i].flatten(), reduction="none")
+            for i, p in enumerate(parts)
+        ]
+        all_of_them = torch.stack(losses).mean(0).view(things.shape)
+        return (all_of_them[things].mean() + all_of_them[~things].mean()) / 2
 
     def _answers(self, features: Tensor, made: Batch, wanted: Tensor) -> Tensor:
         """Logits at the `wanted` places of the slots, (places, vocab)."""

@@ -67,31 +67,15 @@ def build(config: ShapesModelConfig, seed: int) -> Any:
             "training the shapes model needs transformers, whose model classes it trains: pip install transformers "
             "(envs/dev.txt has the version that is tested)."
         ) from None
+    common = {"hidden_size": config.width, "intermediate_size": 3 * config.width}
     vision = CLIPVisionConfig(
-        hidden_size=config.width,
-        intermediate_size=3 * config.width,
+        **common,
         num_hidden_layers=config.vision_layers,
         num_attention_heads=config.heads,
         image_size=PICTURE,
         patch_size=config.patch,
     )
-    text = LlamaConfig(
-        vocab_size=-(-len(vocabulary()) // 16) * 16,
-        hidden_size=config.width,
-        intermediate_size=3 * config.width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.width // config.heads,
-        max_position_embeddings=2048,
-        # transformers' 0.02 is for wide models: at this width attention would start all but blind to its inputs.
-        initializer_range=config.width**-0.5,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        tie_word_embeddings=True,
-        pad_token_id=PAD_ID,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-    )
+    text = LlamaConfig(**common, **_text_sizes(config))
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -105,6 +89,24 @@ def build(config: ShapesModelConfig, seed: int) -> Any:
     )
     _look_up(model, config.heads // config.kv_heads)
     return model
+
+
+def _text_sizes(config: ShapesModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": -(-len(vocabulary()) // 16) * 16,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.width // config.heads,
+        "max_position_embeddings": 2048,
+        # transformers' 0.02 is for wide models: at this width attention would start all but blind to its inputs.
+        "initializer_range": config.width**-0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+        "tie_word_embeddings": True,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+    }
 
 
 @torch.no_grad()

@@ -114,11 +114,11 @@ rule train_shapes_compressor:
     input:
         rules.train_shapes.output,
     output:
-        "results/shapes/mlp-f{factor}.safetensors",
+        "results/shapes/f{factor}.safetensors",
     log:
-        "results/logs/train_shapes/mlp-f{factor}.log",
+        "results/logs/train_shapes/f{factor}.log",
     benchmark:
-        "results/benchmarks/train_shapes/mlp-f{factor}.tsv"
+        "results/benchmarks/train_shapes/f{factor}.tsv"
     wildcard_constraints:
         factor=r"[1-9]\d*",
     conda:

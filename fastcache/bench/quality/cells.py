@@ -126,7 +126,7 @@ class QualityCell(StrictConfig):
 
     @property
     def label(self) -> str:
-        """The method with what was done to it beside the ratio, as a reader says it; not where its weights are."""
+        """The method with what was done to it beside the ratio, as a reader says it."""
         parts = [self.method.replace("_", " ") if self.method == NO_CONTEXT else self.method]
         for name, value in sorted(self.method_params.items()):
             parts.append(PurePath(str(value)).stem if name == "checkpoint" else f"{name}={value}")

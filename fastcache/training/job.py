@@ -23,7 +23,7 @@ from fastcache.models.ops import Ops
 from fastcache.tokenizer import load_tokenizer
 from fastcache.training.frozen import Cache, FrozenModel, Teacher
 from fastcache.training.judge import Compress, continuation_quality, eviction
-from fastcache.training.shapes_compressor import ShapesCompressorTrainer
+from fastcache.training.shapes_compressor import ShapesCompressorTrainer, pictures_of
 from fastcache.training.text import Corpus, even_windows, read_corpus, require_length
 from fastcache.training.trainer import TrainConfig, Trainer
 
@@ -94,7 +94,9 @@ class Job:
             if self.corpora:
                 trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
             else:
-                trainer = ShapesCompressorTrainer(self.frozen, self.config, self.state_file)
+                trainer = ShapesCompressorTrainer(
+                    self.frozen, self.config, self.state_file, pictures_of(self.model_path)
+                )
             log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
             if not trainer.run(stop_after_s=stop_after_s, finish_within_s=finish_within_s):
                 return None

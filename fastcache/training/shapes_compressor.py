@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcache.errors import ModelFolderError
+from fastcache.models.config import read_json
 from fastcache.models.llava import Llava
 from fastcache.training.distil import divergence, merged_caches
 from fastcache.training.frozen import Cache, FrozenModel
@@ -21,29 +22,32 @@ from fastcache.training.shapes_data import Batch, batch, normalise
 from fastcache.training.shapes_model import IMAGE_ID, PAD_ID, vocabulary
 from fastcache.training.trainer import CALIBRATION_WINDOWS, TrainConfig, Trainer
 
-ASKED, PICTURES = 6, 3  # questions over each context; most pictures in one
+ASKED = 6  # questions over each context
 Spans = tuple[tuple[int, int], ...]
 
 
 class ShapesCompressorTrainer(Trainer):
-    """`config`'s lengths do not apply: a context has 1, 2 or 3 pictures in turn, `batch_size` contexts a step.
+    """`config`'s lengths do not apply: contexts have one to `pictures` pictures in turn, `batch_size` contexts a step.
 
     Errors: `ModelFolderError` for a model without the words of `fastcache train-shapes`.
     """
 
     kinds: ClassVar[tuple[str, ...]] = TEXT + IMAGES
 
-    def __init__(self, frozen: FrozenModel, config: TrainConfig, state_file: Path | None) -> None:
+    def __init__(
+        self, frozen: FrozenModel, config: TrainConfig, state_file: Path | None, pictures: int
+    ) -> None:
         check_model(frozen)
+        self.pictures = pictures
         self.side = round(frozen.model.config.vision.tokens_per_image**0.5)
         super().__init__(frozen, [], config, state_file)
 
     def _calibrate(self) -> None:
-        caches, spans, _ = self._context("calibration", CALIBRATION_WINDOWS, PICTURES)
+        caches, spans, _ = self._context("calibration", CALIBRATION_WINDOWS, self.pictures)
         self.networks.normalise(caches, self.frozen.model.cos_sin, spans)
 
     def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        frozen, pictures = self.frozen, 1 + self.step % PICTURES
+        frozen, pictures = self.frozen, 1 + self.step % self.pictures
         caches, spans, made = self._context(f"step {self.step}", self.config.batch_size, pictures)
         merged = merged_caches(frozen, self.networks, caches, spans)
         slots, length = made.slots.flatten(0, 1), made.context.shape[1]
@@ -82,3 +86,14 @@ def check_model(frozen: FrozenModel) -> None:
 def _repeated(caches: list[Cache], count: int) -> list[Cache]:
     """Each context's cache once for each of its questions."""
     return [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0)) for k, v in caches]
+
+
+def pictures_of(model: str) -> int:
+    """The most pictures in a prompt that the model of this folder was trained on. Errors: `ModelFolderError`."""
+    record = Path(model) / "training.json"
+    if not record.is_file():
+        raise ModelFolderError(
+            f"{model} has no training.json, so it is no model of `fastcache train-shapes`. Give one, or train on text "
+            "(--text)."
+        )
+    return int(read_json(record)["config"]["most_pictures"])

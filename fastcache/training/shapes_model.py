@@ -28,7 +28,7 @@ class ShapesModelConfig(StrictConfig):
     vision_layers: int = 2
     text_layers: int = 3
     heads: int = 4
-    kv_heads: int = 2
+    kv_heads: int = 4
     patch: int = 8
 
     def __post_init__(self) -> None:

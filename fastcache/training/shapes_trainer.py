@@ -20,7 +20,7 @@ from fastcache.engine.resolve import resolve_device
 from fastcache.errors import CheckpointError
 from fastcache.shapes.scene import GRID
 from fastcache.training.shapes_data import NAMES, SLOT, Batch, batch, by_kind, normalise, packing, right
-from fastcache.training.shapes_model import ShapesModelConfig, build, save
+from fastcache.training.shapes_model import PAD_ID, ShapesModelConfig, build, encode, save
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ class ShapesTrainConfig(StrictConfig):
     """
 
     model: ShapesModelConfig = field(default_factory=ShapesModelConfig)
-    steps: int = 1250
-    align_steps: int = 200
-    coarse_steps: int = 800
+    steps: int = 2200
+    align_steps: int = 400
+    coarse_steps: int = 1500
     align_weight: float = 0.3
-    pictures_per_step: int = 36
-    most_pictures: int = 3
-    questions_per_picture: int = 3
-    learning_rate: float = 1e-3
+    pictures_per_step: int = 24
+    most_pictures: int = 1
+    questions_per_picture: int = 6
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     seed: int = 0
 
@@ -82,6 +82,7 @@ class ShapesTrainer:
         self.device = resolve_device(device)
         self.model = build(config.model, config.seed).to(self.device)
         self.names = torch.tensor([token for part in NAMES for token in part], device=self.device)
+        (self.picture_id,) = encode("picture")
         self.parameters = list(self.model.parameters())
         self.optimiser = torch.optim.AdamW(
             self.parameters, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
@@ -113,9 +114,8 @@ class ShapesTrainer:
             group["lr"] = self.config.rate(self.step)
         with torch.autocast(self.device.type, torch.bfloat16):
             losses = self._losses()
-        loss = losses["naming"] if "answers" not in losses else losses["answers"]
-        if len(losses) == 2:
-            loss = loss + self.config.align_weight * losses["naming"]
+        weight = self.config.align_weight if "answers" in losses else 1.0
+        loss = sum(value if name == "answers" else weight * value for name, value in losses.items())
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -135,7 +135,7 @@ class ShapesTrainer:
         if coarse:  # albums grow, one picture in the first part of this stage
             most = 1 + after * most // config.coarse_steps
         pictures = 1 + self.step % most
-        albums, asked = max(1, config.pictures_per_step // pictures), pictures * config.questions_per_picture
+        albums, asked = self._albums(pictures), pictures * config.questions_per_picture
         seed, tokens = f"{config.seed}/{self.step}", GRID * GRID if coarse else None
         made = batch("train", seed, albums, pictures, asked, self._side, tokens).to(self.device)
         with torch.set_grad_enabled(not coarse):
@@ -143,9 +143,31 @@ class ShapesTrainer:
         losses = {} if coarse else {"naming": self._naming(features, made.patches)}
         if after >= 0:
             wanted = made.targets >= 0
-            logits = self._answers(self._cells(features) if coarse else features, made, wanted)
+            first, hidden = self._read(self._cells(features) if coarse else features, made)
+            logits = self.model.lm_head(hidden[wanted])
             losses["answers"] = F.cross_entropy(logits.float(), made.targets[wanted])
+            if config.most_pictures > 1:
+                losses["numbering"] = self._numbering(first, made)
         return losses
+
+    def _numbering(self, first: Tensor, made: Batch) -> Tensor:
+        """How well each patch, and each word of a question, says which picture it is of or about: by the number's word,
+        after the first layer. first: (B, L, width)."""
+        context = made.context.shape[1]
+        images = made.context == self.model.config.image_token_id
+        # The number stands before its picture, and is the third word of a question.
+        markers = torch.where(made.context.roll(1, 1) == self.picture_id, made.context, 0)
+        owner = markers.gather(
+            1, (torch.arange(context, device=markers.device) * (markers > 0)).cummax(1).values
+        )
+        numbers = made.slots[:, :, 2:3].expand_as(made.slots)
+        said = (made.slots != PAD_ID) & (torch.arange(SLOT, device=markers.device) >= 2)
+        states = torch.cat((first[:, :context][images], first[:, context:].unflatten(1, (-1, SLOT))[said]))
+        logits = self.model.lm_head(self.model.model.language_model.norm(states)).float()
+        return F.cross_entropy(logits, torch.cat((owner[images], numbers[said])))
+
+    def _albums(self, pictures: int) -> int:
+        return max(1, self.config.pictures_per_step // pictures)
 
     def _cells(self, features: Tensor) -> Tensor:
         """(pictures, patches, width) -> (pictures, cells, width): the mean of each cell's patches."""
@@ -175,8 +197,8 @@ class ShapesTrainer:
         all_of_them = torch.stack(losses).mean(0).view(things.shape)
         return (all_of_them[things].mean() + all_of_them[~things].mean()) / 2
 
-    def _answers(self, features: Tensor, made: Batch, wanted: Tensor) -> Tensor:
-        """Logits at the `wanted` places of the slots, (places, vocab)."""
+    def _read(self, features: Tensor, made: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states: after the first layer, (B, L, width), and of the slots after the last, (B, Q, SLOT, width)."""
         context, inner = made.context.shape[1], self.model.model
         ids = torch.cat((made.context, made.slots.flatten(1)), 1)
         x = self.model.get_input_embeddings()(ids).to(features.dtype)
@@ -184,13 +206,18 @@ class ShapesTrainer:
         x = x.masked_scatter(images[..., None], features)
         visible, positions = packing(context, made.slots.shape[1], ids.device)
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -torch.inf)
-        hidden = inner.language_model(
+        read = inner.language_model(
             inputs_embeds=x,
             attention_mask=bias.expand(len(ids), -1, -1, -1),
             position_ids=positions,
             use_cache=False,
-        ).last_hidden_state
-        return self.model.lm_head(hidden[:, context:].unflatten(1, (-1, SLOT))[wanted])
+            output_hidden_states=True,
+        )
+        return read.hidden_states[1], read.last_hidden_state[:, context:].unflatten(1, (-1, SLOT))
+
+    def answers(self, made: Batch) -> Tensor:
+        """(B, Q, SLOT, vocab): what comes after each place of each question."""
+        return self.model.lm_head(self._read(self._features(made.pixels), made)[1])
 
     @torch.no_grad()
     def accuracy(self, albums: int = HELD_OUT_ALBUMS) -> dict[str, Any]:
@@ -202,9 +229,7 @@ class ShapesTrainer:
             for start in range(0, albums, 10):
                 made = batch("heldout", f"judge/{start}", min(10, albums - start), pictures, 6, self._side)
                 made = made.to(self.device)
-                everywhere = torch.ones_like(made.targets, dtype=torch.bool)
-                logits = self._answers(self._features(made.pixels), made, everywhere)
-                good = right(logits.view(*made.targets.shape, -1), made.targets)
+                good = right(self.answers(made), made.targets)
                 for kind, values in by_kind(good, made.asked).items():
                     outcomes.setdefault(kind, []).extend(values)
             everything = [value for values in outcomes.values() for value in values]

@@ -24,6 +24,7 @@ CONFIG = ShapesTrainConfig(
     align_steps=2,
     coarse_steps=2,
     pictures_per_step=6,
+    most_pictures=3,
     questions_per_picture=2,
     learning_rate=3e-3,
 )
@@ -79,8 +80,7 @@ def test_packed_questions_are_answered_as_transformers_answers_each_alone(traine
     trainer.model.load_state_dict(oracle.state_dict())
     trainer.model.eval()
     made = batch("heldout", "parity", 2, 2, 3, 5)
-    everywhere = torch.ones_like(made.targets, dtype=torch.bool)
-    ours = trainer._answers(trainer._features(made.pixels), made, everywhere).view(2, 3, SLOT, -1)
+    ours = trainer.answers(made)
     pixels = normalise(made.pixels)
     for a in range(2):
         for q in range(3):

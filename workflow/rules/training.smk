@@ -127,7 +127,7 @@ rule train_shapes_compressor:
         gpu=1,
     params:
         model=subpath(input[0], parent=True),
-        settings="--steps 400 --n-sink 1 --hidden 64 --batch-size 6 --learning-rate 3e-3",
+        settings="--steps 400 --n-sink 1 --hidden 64 --batch-size 8 --learning-rate 3e-3",
     message:
         "Training networks that merge {wildcards.factor} KV entries of pictures into one"
     shell:

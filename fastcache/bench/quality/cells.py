@@ -53,7 +53,7 @@ class TaskConfig(StrictConfig):
         positive_int(f"task {self.name}: context", self.context)
         positive_int(f"task {self.name}: samples", self.samples)
         if self.name == SHAPES:
-            object.__setattr__(self, "pictures", 3 if self.pictures is None else self.pictures)
+            object.__setattr__(self, "pictures", 1 if self.pictures is None else self.pictures)
             positive_int("task shapes: pictures", self.pictures)
         else:
             require(self.pictures is None, f"task {self.name!r} takes no `pictures`.")

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     defaults = {field.name: field.default for field in dataclasses.fields(ShapesTrainConfig)}
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="go on from this model's weights, with a new seed"
+    )
     for name, meaning in SETTINGS.items():
         kind = number if isinstance(defaults[name], float) else int
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=defaults[name], help=meaning)
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = ShapesTrainConfig(**{name: getattr(args, name) for name in SETTINGS})
     state = args.output.with_name(args.output.name + ".state")
-    trainer = ShapesTrainer(config, state, args.device)
+    trainer = ShapesTrainer(config, state, args.device, args.start)
     if not trainer.run(stop_after_s=args.stop_after):
         sys.stderr.write(f"stopped early; start again to go on from {state}\n")
         return STOPPED

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastcache.config import StrictConfig, positive_int, require
-from fastcache.errors import ConfigError
+from fastcache.errors import ConfigError, ModelFolderError
+from fastcache.models.config import read_json
 from fastcache.shapes.album import IMAGE, words
 from fastcache.shapes.scene import GRID, PICTURE
 
@@ -120,6 +121,28 @@ def _look_up(model: Any, group: int) -> None:
         attention.k_proj.weight.copy_(heads[:, 0].flatten(0, 1))
         values = attention.v_proj.weight.unflatten(0, (-1, 1, attention.head_dim))
         attention.o_proj.weight.copy_(values.expand(-1, group, -1, -1).flatten(0, 2).T)
+
+
+def load(model: Any, folder: Path) -> dict[str, Any]:
+    """Put the weights of `folder` into `model`; returns how they came to be. Errors: `ModelFolderError`."""
+    from transformers import LlavaForConditionalGeneration
+
+    record = folder / "training.json"
+    if not record.is_file():
+        raise ModelFolderError(
+            f"{folder} has no training.json; give a folder that `fastcache train-shapes` wrote."
+        )
+    known = read_json(record)
+    stored = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    try:
+        model.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise ModelFolderError(f"{folder} holds a model of other sizes ({error}).") from None
+    return {
+        "config": known["config"],
+        "heldout_accuracy": known["heldout_accuracy"],
+        "start": known.get("start"),
+    }
 
 
 def save(model: Any, folder: Path) -> None:

@@ -19,13 +19,13 @@ from fastcache.config import StrictConfig, positive_int, require
 from fastcache.engine.resolve import resolve_device
 from fastcache.errors import CheckpointError
 from fastcache.shapes.scene import GRID
-from fastcache.training.shapes_data import NAMES, SLOT, Batch, batch, by_kind, normalise, packing, right
-from fastcache.training.shapes_model import PAD_ID, ShapesModelConfig, build, encode, save
+from fastcache.training.shapes_data import NAMES, SLOT, Batch, batch, normalise, packing
+from fastcache.training.shapes_judge import accuracy
+from fastcache.training.shapes_model import PAD_ID, ShapesModelConfig, build, encode, load, save
 
 log = logging.getLogger(__name__)
 
 NAMING_SCALE = 8.0  # of a patch's likeness to a word, before the softmax
-HELD_OUT_ALBUMS = 100  # of each number of pictures, when the finished model is judged
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,18 @@ class ShapesTrainConfig(StrictConfig):
 
 
 class ShapesTrainer:
-    """State of a run: model, optimiser, step. `state_file` holds it between starts."""
+    """State of a run: model, optimiser, step. `state_file` holds it between starts. `start`: the folder of an earlier
+    run whose weights are the first ones, in place of random ones. Errors: `CheckpointError`, `ModelFolderError`."""
 
-    def __init__(self, config: ShapesTrainConfig, state_file: Path | None, device: str) -> None:
+    def __init__(
+        self, config: ShapesTrainConfig, state_file: Path | None, device: str, start: Path | None = None
+    ) -> None:
         self.config, self.state_file = config, state_file
         self.device = resolve_device(device)
-        self.model = build(config.model, config.seed).to(self.device)
+        self.model = build(config.model, config.seed)
+        self.start = load(self.model, start) if start is not None else None
+        self.identity = json.dumps({"config": config.to_dict(), "start": self.start}, sort_keys=True)
+        self.model.to(self.device)
         self.names = torch.tensor([token for part in NAMES for token in part], device=self.device)
         (self.picture_id,) = encode("picture")
         self.parameters = list(self.model.parameters())
@@ -137,7 +143,7 @@ class ShapesTrainer:
         pictures = 1 + self.step % most
         albums, asked = self._albums(pictures), pictures * config.questions_per_picture
         seed, tokens = f"{config.seed}/{self.step}", GRID * GRID if coarse else None
-        made = batch("train", seed, albums, pictures, asked, self._side, tokens).to(self.device)
+        made = batch("train", seed, albums, pictures, asked, self.side, tokens).to(self.device)
         with torch.set_grad_enabled(not coarse):
             features = self._features(made.pixels)
         losses = {} if coarse else {"naming": self._naming(features, made.patches)}
@@ -171,11 +177,11 @@ class ShapesTrainer:
 
     def _cells(self, features: Tensor) -> Tensor:
         """(pictures, patches, width) -> (pictures, cells, width): the mean of each cell's patches."""
-        square = features.transpose(1, 2).unflatten(2, (self._side, self._side))
-        return F.avg_pool2d(square, self._side // GRID).flatten(2).transpose(1, 2)
+        square = features.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return F.avg_pool2d(square, self.side // GRID).flatten(2).transpose(1, 2)
 
     @property
-    def _side(self) -> int:
+    def side(self) -> int:
         return round(self.config.model.image_tokens**0.5)
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -219,35 +225,15 @@ class ShapesTrainer:
         """(B, Q, SLOT, vocab): what comes after each place of each question."""
         return self.model.lm_head(self._read(self._features(made.pixels), made)[1])
 
-    @torch.no_grad()
-    def accuracy(self, albums: int = HELD_OUT_ALBUMS) -> dict[str, Any]:
-        """Share of right answers about held-out albums, by number of pictures and kind of question, in float32."""
-        self.model.eval().float()
-        found: dict[str, Any] = {}
-        for pictures in range(1, self.config.most_pictures + 1):
-            outcomes: dict[str, list[bool]] = {}
-            for start in range(0, albums, 10):
-                made = batch("heldout", f"judge/{start}", min(10, albums - start), pictures, 6, self._side)
-                made = made.to(self.device)
-                good = right(self.answers(made), made.targets)
-                for kind, values in by_kind(good, made.asked).items():
-                    outcomes.setdefault(kind, []).extend(values)
-            everything = [value for values in outcomes.values() for value in values]
-            shares = {kind: sum(values) / len(values) for kind, values in sorted(outcomes.items())}
-            found[str(pictures)] = {
-                "questions": len(everything),
-                "all": sum(everything) / len(everything),
-            } | shares
-        return found
-
     def finish(self, folder: Path) -> dict[str, Any]:
         """Write the model, judge what was written, and write how it came to be; returns that record."""
         folder.mkdir(parents=True, exist_ok=True)
         save(self.model, folder)
         record = {
             "config": self.config.to_dict(),
+            "start": self.start,
             "losses": self.losses[:: max(1, len(self.losses) // 25)] + self.losses[-1:],
-            "heldout_accuracy": self.accuracy(),
+            "heldout_accuracy": accuracy(self),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
@@ -261,7 +247,7 @@ class ShapesTrainer:
         if self.state_file is None:
             return
         state = {
-            "identity": json.dumps(self.config.to_dict(), sort_keys=True),
+            "identity": self.identity,
             "step": self.step,
             "losses": self.losses,
             "model": self.model.state_dict(),
@@ -274,7 +260,7 @@ class ShapesTrainer:
 
     def _resume(self, file: Path) -> None:
         state = torch.load(file, map_location=self.device, weights_only=True)
-        if state["identity"] != json.dumps(self.config.to_dict(), sort_keys=True):
+        if state["identity"] != self.identity:
             raise CheckpointError(
                 f"{file} is the state of a run with other settings. Delete it to start anew, or give this run another "
                 "output."

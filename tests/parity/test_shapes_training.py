@@ -10,7 +10,7 @@ import torch
 from fastcache import LLM
 from fastcache.cli import main
 from fastcache.compression.merge_checkpoint import read_checkpoint
-from fastcache.errors import CheckpointError, ConfigError
+from fastcache.errors import CheckpointError, ConfigError, ModelFolderError
 from fastcache.shapes.album import album
 from fastcache.tokenizer import Tokenizer
 from fastcache.training.shapes_data import SLOT, batch, context_ids, normalise
@@ -68,6 +68,19 @@ def test_the_record_says_how_it_came_to_be(trained):
     assert list(judged) == ["1", "2", "3"] and judged["3"]["questions"] == 600
     assert all(0 <= value <= 1 for value in (judged["2"][k] for k in ("all", "colour", "count", "where")))
     assert ShapesTrainConfig.from_dict(record["config"] | {"model": SMALL}) == CONFIG
+
+
+def test_a_run_may_go_on_from_anothers_weights(trained, tmp_path):
+    folder, record, weights = trained
+    trainer = ShapesTrainer(ShapesTrainConfig(**small({"seed": 1})), None, CPU, start=folder)
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter, weights[name].bfloat16().float(), rtol=0, atol=0)
+    assert trainer.start["config"] == record["config"] and trainer.step == 0
+    with pytest.raises(ModelFolderError, match="has no training"):
+        ShapesTrainer(CONFIG, None, CPU, start=tmp_path)
+    other = ShapesModelConfig(width=64, vision_layers=1, text_layers=2, heads=2, kv_heads=1, patch=16)
+    with pytest.raises(ModelFolderError, match="other sizes"):
+        ShapesTrainer(ShapesTrainConfig(**small({"model": other})), None, CPU, start=folder)
 
 
 @torch.no_grad()

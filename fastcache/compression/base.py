@@ -80,6 +80,7 @@ class EvictionMethod(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     window: ClassVar[int] = 0
+    by_layer: ClassVar[bool] = False  # whether a layer's number has a say in what stays
 
     n_sink: int = 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fastcache.compression.adakv import adaptive_counts
@@ -17,6 +19,10 @@ from fastcache.kvcache.pool import KVPool
 
 # What only the prefill itself can tell, and only about a context whose queries are all computed in one step.
 NEEDS_ALL_QUERIES = frozenset({"attention_mass", "query_stats"})
+# What is the same for one sequence in two layers as for two sequences in one.
+NEEDS_NO_LAYER = frozenset({"keys", "values", "window_queries", "hidden_states"})
+# Keys that are read at once: a few layers of long contexts, all of them of short ones.
+BYTES_AT_ONCE = 2**28
 
 
 class LayerCompressor:
@@ -27,6 +33,17 @@ class LayerCompressor:
     ) -> None:
         self.method, self.pool, self.num_layers, self.rotation = method, pool, num_layers, rotation
         self.kernels = kernels_for(pool.device)
+
+    @property
+    def merges_layers(self) -> bool:
+        """Whether layers can be compressed together where heads have no budgets of their own."""
+        return not self.method.by_layer and self.method.needs <= NEEDS_NO_LAYER
+
+    @cached_property
+    def _merged(self) -> LayerCompressor:
+        merged = LayerCompressor(self.method, self.pool.as_one_layer(), 1, None)
+        merged.kernels = self.kernels
+        return merged
 
     def planned(self, work: Work, lengths: Many[int], image_spans: Many[Spans]) -> Work:
         """An eviction needs to know no more of its sequences than `work` says."""
@@ -46,6 +63,20 @@ class LayerCompressor:
             self.kernels.repack_pages(pool, layer, work.table, kept, work.fresh)
         else:
             self.kernels.repack_heads_pages(pool, heads, work.table, kept, work.fresh)
+
+    def stored_all(self, work: Work, queries: Many[Tensor]) -> None:
+        """All layers as `stored`, in as few launches as memory allows. queries: by layer (n, w, H, d), or none."""
+        layers, pool = self.num_layers, self.pool
+        if not self.merges_layers or work.layouts is not None:
+            for layer in range(layers):
+                self.stored(layer, work, queries[layer].transpose(1, 2) if queries else None)
+            return
+        entry = pool.shape.layer_bytes // 2
+        at_once = max(1, BYTES_AT_ONCE // (len(work.table) * work.max_length * entry))
+        for first in range(0, layers, at_once):
+            part = range(first, min(first + at_once, layers))
+            seen = torch.cat(queries[part.start : part.stop]).transpose(1, 2) if queries else None
+            self._merged.stored(0, work.across(part, pool.num_pages), seen)
 
     def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
         """Contexts out of what the step has computed."""

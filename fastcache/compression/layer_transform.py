@@ -17,6 +17,8 @@ from fastcache.kvcache.pool import KVPool
 class LayerTransformer:
     """Makes and stores the new entries of one layer, n sequences at once; the counterpart of `LayerCompressor`."""
 
+    merges_layers = False  # as in `LayerCompressor`
+
     def __init__(self, method: BoundTransform, pool: KVPool, num_layers: int) -> None:
         self.method, self.pool, self.num_layers = method, pool, num_layers
 
@@ -27,6 +29,11 @@ class LayerTransformer:
     def stored(self, layer: int, work: Work, queries: None, replayed: None = None) -> None:
         """Contexts out of their pages."""
         self._store(layer, work, *self.pool.gather(layer, work.table, work.max_length))
+
+    def stored_all(self, work: Work, queries: Many[Tensor]) -> None:
+        """All layers as `stored`: each has networks of its own."""
+        for layer in range(self.num_layers):
+            self.stored(layer, work, None)
 
     def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: None) -> None:
         """Contexts out of what the step has computed."""

@@ -26,6 +26,7 @@ class RandomKeep(EvictionMethod):
 
     name: ClassVar[str] = "random"
     needs: ClassVar[frozenset[str]] = frozenset()
+    by_layer: ClassVar[bool] = True
 
     n_sink: int = 4
     seed: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,19 @@ class Work:
             packed = upload_layouts(layouts, device)
             longest = tuple(np.stack([each.kept for each in layouts]).max((0, 2)).tolist())
         return cls(*tensors, rows, int(max(lengths)), int(max(budgets)), packed, longest, shared)
+
+    def across(self, layers: range, num_pages: int) -> Work:
+        """The same sequences in each of `layers`, as so many sequences of a pool that is one layer
+        (`KVPool.as_one_layer`). num_pages: of a layer."""
+        first = torch.arange(layers.start, layers.stop, device=self.table.device, dtype=self.table.dtype)
+        first = first[:, None, None] * num_pages
+        return replace(
+            self,
+            table=(self.table + first).flatten(0, 1),
+            fresh=(self.fresh + first).flatten(0, 1),
+            lengths=self.lengths.repeat(len(layers)),
+            budgets=self.budgets.repeat(len(layers)),
+        )
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fastcache.compression.layer import NEEDS_ALL_QUERIES, LayerCompressor
 from fastcache.compression.layer_transform import LayerTransformer
 from fastcache.compression.transform import BoundTransform, Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables, similar, window_rows
-from fastcache.core import HostBatch, Step
+from fastcache.core import Chunk, HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.states import StateRatings
@@ -24,6 +25,8 @@ from fastcache.kvcache.pool import KVPool
 
 # Contexts whose query statistics are held at once: each takes a matrix of head size squared for every query head.
 MOST_COVARIANCES = 32
+# A step of fewer tokens takes the device less time than the host needs to launch a compression in each layer.
+SMALL_STEP = 8_192
 
 
 class MethodPlan:
@@ -78,12 +81,22 @@ def layers_of(
     return LayerCompressor(method, pool, num_layers, rotation)
 
 
-class InlineCompressor:
-    """Compresses each layer right behind its attention, all sequences of the step at once.
+@dataclass
+class _Late:
+    """Contexts that are compressed out of their pages when all layers are there, and their window queries so far."""
 
-    A context that starts and ends in the step is compressed out of the step's own keys and values; one that was
-    begun earlier, out of its pages. With a `stream` of its own this runs beside the next layers' prefill: it reads
-    what nobody writes any more and writes pages nobody reads yet. `finish` joins the streams at the step's end.
+    work: Work
+    queries: list[Tensor] = field(default_factory=list)  # by layer (n, w, H, d)
+
+
+class InlineCompressor:
+    """Compresses inside a prefill step, all sequences of the step at once.
+
+    A context that starts and ends in the step is compressed out of the step's own keys and values, layer by layer,
+    right behind the attention. One that was begun earlier, or is part of a small step and in pages as well, is
+    compressed out of those when all layers are there, in a few launches. With a `stream` of its own everything goes
+    layer by layer, beside the next layers' prefill: it reads what nobody writes any more and writes pages nobody reads
+    yet. `finish` joins the streams at the step's end.
     """
 
     def __init__(
@@ -105,20 +118,32 @@ class InlineCompressor:
             Span
         ] = []  # where timed: of this step's layers, as far as they delay the main stream
         self._works: list[tuple[Work, Packed | None]] = []
+        self._late: list[_Late] = []
 
     def begin(self, step: Step, host: HostBatch) -> bool:
         """Note which sequences of the step are to be compressed; False if none is."""
         self.spans = []
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
-        stored = [row for row in rows if step.chunks[row].kv_start]
-        packed = [row for row in rows if not step.chunks[row].kv_start]
-        self._works = [(self._work(step, host, group), None) for group in similar(stored, host.kv_lens)]
+        stored = [row for row in rows if self._from_pages(step, step.chunks[row])]
+        packed = [row for row in rows if row not in stored]
+        works = [self._work(step, host, group) for group in similar(stored, host.kv_lens)]
+        self._works = [] if self.stream is None else [(work, None) for work in works]
+        self._late = [_Late(work) for work in works] if self.stream is None else []
         most = MOST_COVARIANCES if "query_stats" in self.method.needs else None
         for group in similar(packed, host.kv_lens, most):
             starts, lengths = host.cu_seqlens_q[:-1][group], host.kv_lens[group]
             where = Packed.of(starts, lengths, self.pool.device)
             self._works.append((self._work(step, host, group), where))
         return bool(rows)
+
+    def _from_pages(self, step: Step, chunk: Chunk) -> bool:
+        """Not where pages hold fewer bits than the step's own entries: what stays is chosen before it is rounded."""
+        if chunk.kv_start:
+            return True
+        shape = self.pool.shape
+        merges = self.stream is None and self.layers.merges_layers and shape.stored == shape.dtype
+        small = step.num_tokens <= SMALL_STEP and chunk.stored
+        return merges and small and self.layout(chunk.seq.request.compress_at) is None
 
     def _work(self, step: Step, host: HostBatch, rows: list[int]) -> Work:
         chunks = [step.chunks[row] for row in rows]
@@ -138,25 +163,37 @@ class InlineCompressor:
         """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already.
         lse: the backend's."""
         step = Computed(q, k, v, lse, self.states.latest if self.states is not None else None)
+        if "window_queries" in self.method.needs:
+            for late in self._late:
+                late.queries.append(q[late.work.window_rows])
         if self.stream is None:
-            if not self.timed:
-                self._compress(layer, step)
-                return
-            self.spans.append(Span(self.pool.device))
-            self.spans[-1].start()
-            self._compress(layer, step)
-            self.spans[-1].stop()
+            if self._works:
+                self._measured(lambda: self._compress(layer, step))
             return
         hand_over(torch.cuda.current_stream(), self.stream, *step.tensors)
         with torch.cuda.stream(self.stream):
             self._compress(layer, step)
 
+    def _measured(self, work: Callable[[], object]) -> None:
+        if not self.timed:
+            work()
+            return
+        self.spans.append(Span(self.pool.device))
+        self.spans[-1].start()
+        work()
+        self.spans[-1].stop()
+
     def finish(self) -> None:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
-            for work, _ in self._works:
+            if self._late:
+                self._measured(
+                    lambda: [self.layers.stored_all(late.work, late.queries) for late in self._late]
+                )
+            for work in (*(work for work, _ in self._works), *(late.work for late in self._late)):
                 if work.shared is not None:
                     work.shared.publish(self.table)
+        self._late = []
         if self.stream is not None:
             hand_over(self.stream, torch.cuda.current_stream())
 

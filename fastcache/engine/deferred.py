@@ -95,7 +95,7 @@ class DeferredCompressor:
         self._seen.pop(seq, None)
 
     def launch(self, job: CompressionJob) -> LaunchedJob:
-        """Score, select and copy, layer after layer, all sequences of the job at once. Does not wait."""
+        """Score, select and copy, all sequences of the job at once. Does not wait."""
         device = self.pool.device
         main = torch.cuda.current_stream() if self.stream is not None else None
         work = self._work(job)
@@ -116,11 +116,9 @@ class DeferredCompressor:
         return LaunchedJob(job, ready, span, job.num_tokens)
 
     def copy(self, work: Work, seen: list[_Seen]) -> None:
-        for layer in range(self.num_layers):
-            queries = None
-            if seen:
-                queries = torch.stack([each.layers[layer][each.row] for each in seen]).transpose(1, 2)
-            self.layers.stored(layer, work, queries)
+        layers = range(self.num_layers) if seen else ()
+        queries = [torch.stack([each.layers[layer][each.row] for each in seen]) for layer in layers]
+        self.layers.stored_all(work, queries)
 
     def _work(self, job: CompressionJob) -> Work:
         lengths = [seq.kv_len for seq in job.seqs]

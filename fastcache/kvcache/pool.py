@@ -6,9 +6,10 @@ Heads come before the page's slots, so that one (page, head) is contiguous: the 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,6 +116,15 @@ class KVPool:
     @property
     def page_bytes(self) -> int:
         return self.shape.slot_bytes * self.page_size
+
+    def as_one_layer(self) -> KVPool:
+        """The same storage as a single layer, whose page l * num_pages + p is page p of layer l here."""
+        flat = copy.copy(self)
+        flat.shape = replace(self.shape, num_layers=1)
+        flat.num_pages = self.shape.num_layers * self.num_pages
+        flat.keys, flat.values = self.keys.flatten(0, 1)[None], self.values.flatten(0, 1)[None]
+        flat.ratings = None if self.ratings is None else self.ratings.flatten(0, 1)[None]
+        return flat
 
     def place(self, layer: int, slot_mapping: Tensor) -> KVPlace:
         return KVPlace(self.keys[layer], self.values[layer], slot_mapping)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastcache.compression import kernels, repack, repack_heads_triton, repack_triton
+from fastcache.compression import layer as by_layer
 from fastcache.compression.layer import LayerCompressor
 from fastcache.compression.registry import create
 from fastcache.compression.work import Computed, Packed, Work, page_tables
@@ -116,6 +117,8 @@ def compress(method, group, kv_heads=2, size=16):
     slow, fast = compressors(method, filled(kv_heads, size))
     queries = torch.randn(len(owned), kv_heads * group, method.window, size)
     replayed = torch.rand(len(owned), kv_heads, max(LENGTHS))
+    if "replay_scores" not in method.needs:
+        at_once(method, work, queries, slow.pool)
     for layer in range(LAYERS):
         before = fast.pool.gather(layer, work.table, max(LENGTHS))
         for each in (slow, fast):
@@ -123,6 +126,19 @@ def compress(method, group, kv_heads=2, size=16):
         assert equal(slow.pool, fast.pool), method.name
         if "replay_scores" not in method.needs:
             assert equal(packed(method, work, layer, before, queries, fast), fast.pool), method.name
+
+
+def at_once(method, work, queries, stored):
+    """All layers in one launch, or one in each of several, are what they are when told one by one."""
+    want = LayerCompressor(method, twin(stored), LAYERS, None)
+    for layer in range(LAYERS):
+        want.stored(layer, work, queries)
+    of_all = [queries.transpose(1, 2)] * LAYERS if method.window else []
+    whole, of_one = by_layer.BYTES_AT_ONCE, len(LENGTHS) * max(LENGTHS) * stored.shape.layer_bytes // 2
+    for by_layer.BYTES_AT_ONCE in (of_one, whole):
+        for each in compressors(method, twin(stored)):
+            each.stored_all(work, of_all)
+            assert equal(want.pool, each.pool), method.name
 
 
 def packed(method, work, layer, stored, queries, fast):

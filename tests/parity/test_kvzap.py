@@ -81,8 +81,9 @@ def kept_sets(monkeypatch):
 
     def noting(self, layer, work, *args):
         heads, kept = original(self, layer, work, *args)
-        for length, row in zip(work.lengths.tolist(), kept, strict=True):
-            found[length, layer] = row[:, : int((row >= 0).sum(1).max())]
+        per_layer = len(kept) // (LAYERS if self.num_layers == 1 else 1)  # all at once: layer after layer
+        for number, (length, row) in enumerate(zip(work.lengths.tolist(), kept, strict=True)):
+            found[length, layer + number // per_layer] = row[:, : int((row >= 0).sum(1).max())]
         return heads, kept
 
     monkeypatch.setattr(LayerCompressor, "_kept", noting)

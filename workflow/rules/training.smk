@@ -104,10 +104,14 @@ rule train_shapes:
         gpu=1,
     params:
         folder=subpath(output[0], parent=True),
+        base="results/shapes/base",
+        more="--steps 1300 --align-steps 0 --coarse-steps 0 --learning-rate 1e-3 --seed 1",
     message:
         "Training the small multimodal model of coloured shapes"
     shell:
-        "python -m fastcache.cli train-shapes --output {params.folder} > {log} 2>&1"
+        "(python -m fastcache.cli train-shapes --output {params.base}"
+        " && python -m fastcache.cli train-shapes --start {params.base} {params.more}"
+        " --output {params.folder}) > {log} 2>&1"
 
 
 rule train_shapes_compressor:

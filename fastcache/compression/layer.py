@@ -78,6 +78,22 @@ class LayerCompressor:
             seen = torch.cat(queries[part.start : part.stop]).transpose(1, 2) if queries else None
             self._merged.stored(0, work.across(part, pool.num_pages), seen)
 
+    def packed_all(self, work: Work, where: Packed, steps: Many[Computed], queries: Many[Tensor]) -> None:
+        """All layers as `packed`, at once; only where layers merge. steps: by layer. queries: as in `stored_all`."""
+        layers, num_tokens = len(steps), len(steps[0].k)
+        rated = steps[0].ratings is not None
+        step = Computed(
+            steps[0].q,  # for methods that need no more of the queries than `queries`
+            torch.cat([each.k for each in steps]),
+            torch.cat([each.v for each in steps]),
+            None,
+            torch.cat([each.ratings for each in steps]) if rated else None,
+        )
+        seen = torch.cat(list(queries)).transpose(1, 2) if queries else None
+        work_across = work.across(range(layers), self.pool.num_pages)
+        where_across = where.across(layers, num_tokens, work.max_length)
+        self._merged.packed(0, work_across, where_across, step, seen)
+
     def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
         """Contexts out of what the step has computed."""
         needs, longest, k, v = self.method.needs, work.max_length, step.k, step.v

@@ -115,6 +115,14 @@ class Packed:
             rows = to_device(starts[:, None] + within, device)
         return cls(to_device(starts, device), int(starts[0]), rows)
 
+    def across(self, layers: int, num_tokens: int, longest: int) -> Packed:
+        """The same contexts in each of as many layers, whose `num_tokens` entries follow each other's."""
+        first = torch.arange(layers, device=self.starts.device)[:, None] * num_tokens
+        starts, rows = (self.starts + first).flatten(), self.rows
+        if rows is None:
+            rows = self.starts[:, None] + torch.arange(longest, device=self.starts.device)
+        return Packed(starts, self.first, (rows + first[:, :, None]).flatten(0, 1))
+
     def padded(self, x: Tensor, longest: int) -> Tensor:
         """(T, heads, d) -> (n, heads, longest, d), a view where that is possible."""
         if self.rows is not None:

@@ -16,7 +16,7 @@ from fastcache.compression.layer import NEEDS_ALL_QUERIES, LayerCompressor
 from fastcache.compression.layer_transform import LayerTransformer
 from fastcache.compression.transform import BoundTransform, Spans
 from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables, similar, window_rows
-from fastcache.core import Chunk, HostBatch, Step
+from fastcache.core import HostBatch, Step
 from fastcache.device.streams import hand_over
 from fastcache.device.timing import Span
 from fastcache.engine.states import StateRatings
@@ -25,8 +25,9 @@ from fastcache.kvcache.pool import KVPool
 
 # Contexts whose query statistics are held at once: each takes a matrix of head size squared for every query head.
 MOST_COVARIANCES = 32
-# A step of fewer tokens takes the device less time than the host needs to launch a compression in each layer.
-SMALL_STEP = 8_192
+# A step of so few tokens takes the device less time than the host needs to launch a compression in each layer, and
+# what it computes in all layers takes less memory than what a full step computes in one.
+SMALL_STEP = 4_096
 
 
 class MethodPlan:
@@ -83,20 +84,37 @@ def layers_of(
 
 @dataclass
 class _Late:
-    """Contexts that are compressed out of their pages when all layers are there, and their window queries so far."""
+    """Contexts that are compressed when all layers are there, and what must be kept of the layers until then.
+
+    where: in a step's own entries; None where pages have them.
+    """
 
     work: Work
-    queries: list[Tensor] = field(default_factory=list)  # by layer (n, w, H, d)
+    where: Packed | None
+    queries: list[Tensor] = field(default_factory=list)  # by layer (n, w, H, d), for a method that needs them
+    steps: list[Computed] = field(default_factory=list)  # by layer
+
+    def see(self, step: Computed, window: bool) -> None:
+        if window:
+            self.queries.append(step.q[self.work.window_rows])
+        if self.where is not None:
+            self.steps.append(step)
+
+    def compress(self, layers: LayerCompressor | LayerTransformer) -> None:
+        if self.where is None:
+            layers.stored_all(self.work, self.queries)
+        else:
+            layers.packed_all(self.work, self.where, self.steps, self.queries)
 
 
 class InlineCompressor:
     """Compresses inside a prefill step, all sequences of the step at once.
 
-    A context that starts and ends in the step is compressed out of the step's own keys and values, layer by layer,
-    right behind the attention. One that was begun earlier, or is part of a small step and in pages as well, is
-    compressed out of those when all layers are there, in a few launches. With a `stream` of its own everything goes
-    layer by layer, beside the next layers' prefill: it reads what nobody writes any more and writes pages nobody reads
-    yet. `finish` joins the streams at the step's end.
+    A context that starts and ends in the step is compressed out of the step's own keys and values, one that was begun
+    earlier out of its pages: layer by layer, right behind the attention, or in a few launches when all layers are
+    there, in small steps and out of pages. With a `stream` of its own everything goes layer by layer, beside the next
+    layers' prefill: it reads what nobody writes any more and writes pages nobody reads yet. `finish` joins the streams
+    at the step's end.
     """
 
     def __init__(
@@ -124,26 +142,24 @@ class InlineCompressor:
         """Note which sequences of the step are to be compressed; False if none is."""
         self.spans = []
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
-        stored = [row for row in rows if self._from_pages(step, step.chunks[row])]
-        packed = [row for row in rows if row not in stored]
-        works = [self._work(step, host, group) for group in similar(stored, host.kv_lens)]
-        self._works = [] if self.stream is None else [(work, None) for work in works]
-        self._late = [_Late(work) for work in works] if self.stream is None else []
+        stored = [row for row in rows if step.chunks[row].kv_start]
+        packed = [row for row in rows if not step.chunks[row].kv_start]
         most = MOST_COVARIANCES if "query_stats" in self.method.needs else None
+        paged = [(self._work(step, host, group), None) for group in similar(stored, host.kv_lens)]
+        own = []
         for group in similar(packed, host.kv_lens, most):
-            starts, lengths = host.cu_seqlens_q[:-1][group], host.kv_lens[group]
-            where = Packed.of(starts, lengths, self.pool.device)
-            self._works.append((self._work(step, host, group), where))
+            where = Packed.of(host.cu_seqlens_q[:-1][group], host.kv_lens[group], self.pool.device)
+            own.append((self._work(step, host, group), where))
+        late, self._works = (paged, []) if self.stream is None else ([], paged)
+        (late if self._waits(step, rows) else self._works).extend(own)
+        self._late = [_Late(work, where) for work, where in late]
         return bool(rows)
 
-    def _from_pages(self, step: Step, chunk: Chunk) -> bool:
-        """Not where pages hold fewer bits than the step's own entries: what stays is chosen before it is rounded."""
-        if chunk.kv_start:
-            return True
-        shape = self.pool.shape
-        merges = self.stream is None and self.layers.merges_layers and shape.stored == shape.dtype
-        small = step.num_tokens <= SMALL_STEP and chunk.stored
-        return merges and small and self.layout(chunk.seq.request.compress_at) is None
+    def _waits(self, step: Step, rows: list[int]) -> bool:
+        """Whether a small step's contexts wait for all layers: on the main stream, where to the method they are all
+        the same and no head has a budget of its own."""
+        plain = all(self.layout(step.chunks[row].seq.request.compress_at) is None for row in rows)
+        return plain and self.stream is None and self.layers.merges_layers and step.num_tokens <= SMALL_STEP
 
     def _work(self, step: Step, host: HostBatch, rows: list[int]) -> Work:
         chunks = [step.chunks[row] for row in rows]
@@ -163,9 +179,8 @@ class InlineCompressor:
         """q: (T, H, d), the step's rotated queries; k, v: (T, Hk, d). What has a slot is in the pool already.
         lse: the backend's."""
         step = Computed(q, k, v, lse, self.states.latest if self.states is not None else None)
-        if "window_queries" in self.method.needs:
-            for late in self._late:
-                late.queries.append(q[late.work.window_rows])
+        for late in self._late:
+            late.see(step, "window_queries" in self.method.needs)
         if self.stream is None:
             if self._works:
                 self._measured(lambda: self._compress(layer, step))
@@ -187,9 +202,7 @@ class InlineCompressor:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             if self._late:
-                self._measured(
-                    lambda: [self.layers.stored_all(late.work, late.queries) for late in self._late]
-                )
+                self._measured(lambda: [late.compress(self.layers) for late in self._late])
             for work in (*(work for work, _ in self._works), *(late.work for late in self._late)):
                 if work.shared is not None:
                     work.shared.publish(self.table)

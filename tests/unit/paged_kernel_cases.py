@@ -139,6 +139,22 @@ def at_once(method, work, queries, stored):
         for each in compressors(method, twin(stored)):
             each.stored_all(work, of_all)
             assert equal(want.pool, each.pool), method.name
+    starts = np.cumsum([0, *LENGTHS[:-1]])
+    where, steps = Packed.of(starts, np.array(LENGTHS), CPU), []
+    for layer in range(LAYERS):
+        pair = stored.gather(layer, work.table, max(LENGTHS))
+        k, v = (torch.cat([x[row, :, :n].transpose(0, 1) for row, n in enumerate(LENGTHS)]) for x in pair)
+        steps.append(Computed(queries, k, v, None))
+    one, *many = (each for _ in range(2) for each in compressors(method, twin(stored)))
+    for layer, step in enumerate(steps):
+        one.packed(layer, work, where, step, queries)
+    for each in many:
+        each.packed_all(work, where, steps, of_all)
+        for row, budget in enumerate(KEPT):  # the rest of a last page is nobody's
+            page, used = int(work.fresh[row, (budget - 1) // PAGE]), (budget - 1) % PAGE + 1
+            for x, y in ((each.pool.keys, one.pool.keys), (each.pool.values, one.pool.values)):
+                x[:, page, :, used:] = y[:, page, :, used:]
+        assert equal(one.pool, each.pool), method.name
 
 
 def packed(method, work, layer, stored, queries, fast):

@@ -45,3 +45,11 @@ def test_it_beats_what_needs_no_training_with_as_many_entries(file):
         for rival in ("streaming_llm", "random"):
             assert judged[rival]["kept"] == judged["mlp"]["kept"]
             assert judged["mlp"]["perplexity"] < judged[rival]["perplexity"], rival
+
+
+def test_the_readme_beside_it_quotes_its_record(file):
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    contexts = read_checkpoint(str(file)).record["heldout"]["contexts"].values()
+    for name in ("full", "mlp", "streaming_llm", "random", "knorm", "keydiff", "snapkv"):
+        numbers = (f"{c[name]['kept']} | {c[name]['perplexity']:.2f} | {c[name]['kl']:.3f}" for c in contexts)
+        assert f"| {name} | {' | '.join(numbers)} |" in page

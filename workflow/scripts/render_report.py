@@ -56,14 +56,14 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
 def ceilings(rows: Sequence[Row]) -> dict[str, str] | None:
     """The range over the cells of what the device was seen to do at most; None where no row tells."""
 
-    def seen(field: str) -> str:
-        found = [f"{row[field]:.3g}" for row in rows if row[field]]
-        ends = sorted({min(found, key=float), max(found, key=float)}, key=float)
-        return " to ".join(ends)
+    def seen(field: str, unit: float) -> str:
+        found = [row[field] / unit for row in rows if row[field]]
+        ends = [f"{end:,.0f}" if end >= 1000 else f"{end:.3g}" for end in (min(found), max(found))]
+        return " to ".join(dict.fromkeys(ends))
 
     if not any(row["ceiling_copy_bytes_s"] for row in rows):
         return None
-    return {name: seen(f"ceiling_{name}") for name in ("copy_bytes_s", "gemm_flop_s")}
+    return {"copy": seen("ceiling_copy_bytes_s", 1e9), "product": seen("ceiling_gemm_flop_s", 1e12)}
 
 
 def distinct(values: Any) -> list[Any]:

@@ -91,5 +91,22 @@ def test_the_earlier_version():
     assert [f"{by_use[on]['prefill_tok_s']:,.0f}" for on in (True, False)] == ["38,868", "41,423"]
 
 
+def test_the_steps_between_versions():
+    """What the page says of the last changes: the same cells of two versions, and of a run between them."""
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+
+    def cell(file: str, batch: int, context: int) -> dict:
+        found = (r for r in rows(file) if (r["batch_size"], r["context_used"]) == (batch, context))
+        return next(r for r in found if r["variant"] == "baseline" and r["model"] == "qwen3-8b")
+
+    before, after, between = "rows-78a3881.jsonl", "rows.jsonl", "../h100-compression/rows-853ce4b.jsonl"
+    for files, where, field in (
+        ((before, between), (64, 3072), "throughput_tok_s"),
+        ((before, after), (32, 3968), "prefill_tok_s"),
+        ((before, after), (64, 2048), "throughput_tok_s"),
+    ):
+        assert " to ".join(f"{cell(file, *where)[field]:,.0f}" for file in files) in page
+
+
 def test_the_tables_are_found():
     assert len(table("Without compression")) == 9 and len(table("With compression")) == 5

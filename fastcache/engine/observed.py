@@ -163,7 +163,7 @@ class Observed:
     def _observe_prefill(
         self, step: Step, work: Amounts, elapsed_s: float, compression_s: float, base_s: float
     ) -> None:
-        place = step.place or self.limits.places[0]
+        place = step.place or INLINE  # without a method nothing is compressed anywhere
         on_main = place == INLINE
         if work.compressed and place in self.exposed and not place.startswith(AFTER):
             exposed = compression_s if on_main else elapsed_s - base_s

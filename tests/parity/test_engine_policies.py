@@ -273,6 +273,19 @@ def test_a_tuned_engine_leaves_whole_what_would_not_pay(folder):
     assert llm.stats().left_whole == 6
 
 
+@pytest.mark.parametrize("bound", [None, 0.05])
+def test_a_tuned_engine_without_a_method_balances_all_the_same(folder, wanted, bound):
+    """There is no place to compress at, but prompts and tokens may share steps."""
+    prompts, counts, alone = wanted
+    llm = engine(folder, None, tuning="all", tpot_bound_s=bound, max_num_seqs=4)
+    for _ in range(3):
+        llm.reset_stats()
+        assert arriving(llm, prompts, counts) == alone[None]
+    report = llm.decisions()
+    assert report["places"] == [] and report["costs"]["prefill_s_per_token"] > 0
+    assert report["measured"] and {d["about"] for d in report["decisions"]} == {"balance"}
+
+
 def test_tuning_and_a_policy_of_ones_own_exclude_each_other(folder):
     with pytest.raises(ConfigError, match="takes no policy"):
         engine(folder, ("knorm", 0.6), tuning="all", policy="dynamic")

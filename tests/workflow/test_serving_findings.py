@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from serving_findings import claims
 
-TTFT_P1, SPEED_P1 = "mean TTFT, p1c1d8 over dynamic", "throughput, dynamic over p1c1d8"
+TTFT_P1, SPEED_P1 = "mean TTFT, p1c1d8 over dynamic", "generated tok/s, dynamic over p1c1d8"
 TTFT, SPEED = (
     "mean TTFT, best static policy over dynamic",
-    "throughput at saturation, dynamic over the best static policy",
+    "generated tok/s at saturation, dynamic over the best static policy",
 )
 MEMORY, RATE = "share of KV memory in use saved by immediate release", "sustained rate, requests per second"
 OVER_FULL = "sustained rate over that of the uncompressed cache"
@@ -16,6 +16,12 @@ OVER_FULL = "sustained rate over that of the uncompressed cache"
 
 WORKLOAD = {"context": {"low": 384, "high": 1536}, "output": {"low": 32, "high": 96}, "arrivals": "poisson"}
 OTHER = WORKLOAD | {"output": {"low": 384, "high": 512}}
+
+
+def state(**changes: int) -> dict:
+    """A sample of the pool and the queues."""
+    empty = {"time_s": 9.0, "before": 5, "compressed": 15, "whole": 0, "held": 0, "running": 6, "waiting": 0}
+    return empty | changes
 
 
 def row(policy: str, rate: float, ttft: float, speed: float, **changes) -> dict:
@@ -34,13 +40,17 @@ def row(policy: str, rate: float, ttft: float, speed: float, **changes) -> dict:
         "ttft_s": {"mean": ttft, "p99": 3 * ttft},
         "queue_s": {"mean": ttft / 2},
         "tpot_s": {"mean": 0.01},
+        "token_gap_s": {"p50": 0.008},
+        "window_s": 10.0,
+        "elapsed_s": 10.0,
+        "output_tokens": 6000,
         "output_tok_s": speed,
         "stage_share": {"prefill": 0.1, "mixed": 0.4, "decode": 0.45, "compress": 0.0, "idle": 0.05},
         "mean_kv_bytes": 1000.0,
         "peak_pages": 30,
         "num_pages": 101,
         "peak_running": 7,
-        "pages_over_time": [{"before": 5, "compressed": 15, "whole": 0, "held": 0}],
+        "pages_over_time": [state(running=6, waiting=1)],
         "cell": {"workload": WORKLOAD},
     }
     return values | changes
@@ -51,7 +61,7 @@ def late(policy: str, rate: float, ttft: float, speed: float, **changes) -> dict
 
 
 HELD = {"immediate_release": False, "mean_kv_bytes": 2000.0}
-HELD_PAGES = [{"before": 5, "compressed": 15, "whole": 0, "held": 60}]
+HELD_PAGES = [state(held=60)]
 GOOD = [
     row("dynamic", 2, 0.02, 100),
     row("dynamic", 12, 0.03, 600),
@@ -103,6 +113,12 @@ def test_a_throughput_that_is_missed_says_what_the_time_went_into():
     assert "dynamic, snapkv x5 at 40/s: prefill 10%, mixed 40%, decode 45%, idle 5%" in claim.reason
     # half of its time has prompts in it: all of it would be twice the tokens
     assert "would be 2.7 times; at most 7 requests ran at once against 7" in claim.reason
+    # 1.5 x 1,500 tokens of 60 to a request; 50 ms of steps with prompts for each
+    assert (
+        "1.5 times needs 38 prompts per second; at 50.0 ms of such steps for each, 20 are the most"
+        in claim.reason
+    )
+    assert "decodes 6.0 sequences at once, a token every 8.0 ms" in claim.reason
     assert found[SPEED_P1].verdict == "missed" and "would be 20.0 times" in found[SPEED_P1].reason
 
 
@@ -149,9 +165,49 @@ def test_a_sustained_rate_that_is_missed_shows_the_rate_that_broke_it():
     claim = found[OVER_FULL]
     assert claim.ours == pytest.approx(0.3) and "Uncompressed: dynamic, full at 60/s" in claim.reason
     both = by_name([r for r in GOOD if r["rate"] < 60])
-    assert both[OVER_FULL].verdict == "not measured" and "no limit was found" in both[OVER_FULL].where
+    assert both[OVER_FULL].verdict == "not shown" and both[OVER_FULL].ours == 1.0
+    assert (
+        "no limit was found" in both[OVER_FULL].reason and "2,000 generated tok/s" in both[OVER_FULL].reason
+    )
+    # 100 prompts in half of 10 s: 50 ms each
+    assert "50.0 ms of steps with prompts for each, enough for 20 per second" in both[OVER_FULL].reason
     low = by_name([r for r in GOOD if r["rate"] < 40])[RATE]
-    assert low.verdict == "missed" and low.reason == "No rate above 12/s was measured."
+    assert low.verdict == "not shown" and low.reason == "No rate above 12/s was measured."
+
+
+def test_a_rate_that_nothing_sustains_is_a_miss():
+    found = by_name([late("dynamic", 40, 2.5, 260), row("dynamic", 40, 0.1, 1900, setting="full")])
+    assert (
+        found[RATE].ours == 0.0 and found[RATE].verdict == "missed" and "p99 TTFT 7.5 s" in found[RATE].reason
+    )
+
+
+def test_what_a_short_window_flatters_is_said():
+    queue = {"pages_over_time": [state(running=8, waiting=9)]}
+    found = by_name(changed(8, **queue))
+    assert "p1c1d8, snapkv x5 at 40/s is overloaded" in found[TTFT_P1].caveat
+    assert "At 12/s, the highest rate it sustains, it is 6.7 times." in found[TTFT_P1].caveat
+    assert "1.00 at 2/s (p1c1d8), 6.00 at 12/s (p4c4d8), 25.00 at 40/s (p1c1d8)." in found[TTFT].caveat
+    assert "9 requests waited for p4c4d8 at 12/s and 8 ran" in found[TTFT].caveat
+    assert "waited" not in by_name(GOOD)[TTFT].caveat
+    full = row("dynamic", 12, 0.03, 600, setting="full", mean_kv_bytes=1250.0)
+    assert "Against the uncompressed cache at 12/s it is 0.20" in by_name([*GOOD, full])[MEMORY].caveat
+    # 100 prompts in 4 s, of which 5 s are spent on them in all
+    busy = by_name(changed(3, window_s=4.0))[RATE]
+    assert (
+        busy.verdict == "reached"
+        and "60/s held for the 4 s that requests arrived, not for longer" in busy.caveat
+    )
+    assert not by_name(GOOD)[RATE].caveat
+
+
+def test_a_static_policy_that_had_more_to_give_is_named():
+    rows = [r | {"sustained": True, "finished": 100} if r["policy"] == "p4c4d8" else r for r in GOOD]
+    claim = by_name(rows)[SPEED]
+    assert claim.ours == pytest.approx(13.0)
+    assert (
+        claim.caveat == "Left out, not driven beyond what they can do: p4c4d8, snapkv x5 at 20/s, 700 tok/s."
+    )
 
 
 def test_what_was_not_measured_is_said_where_policies_were_compared_and_left_out_elsewhere():

@@ -63,7 +63,7 @@ rule plot_serving:
     input:
         rows="{results}/serving.jsonl",
         script=script("plot_serving.py"),
-        style=[script("plotting.py"), script("serving_findings.py")],
+        style=[script("plotting.py"), script("serving_rows.py")],
     output:
         SERVING_FIGURES,
     log:
@@ -85,6 +85,8 @@ rule render_serving:
         findings=[
             script("serving_findings.py"),
             script("serving_reasons.py"),
+            script("serving_rows.py"),
+            script("serving_overview.py"),
             script("render_report.py"),
         ],
         templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],

@@ -15,7 +15,7 @@ import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from serving_findings import told_apart
+from serving_rows import told_apart
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5f6368", "#000000")
 STAGE_COLOURS = {
@@ -106,6 +106,7 @@ def _style(engines: Sequence[str], name: str) -> dict[str, Any]:
         "marker": plotting.MARKERS[number % len(plotting.MARKERS)],
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": "-" if number < len(COLOURS) else "--",
+        "markerfacecolor": None if number < len(COLOURS) else "white",
         "markersize": 4.5,
         "linewidth": 1.3,
     }
@@ -130,12 +131,13 @@ def spread(rows: Sequence[Row]) -> Drawn:
     """How the time per output token spreads over requests, and that between two tokens over all of them, at every
     engine's highest sustained rate."""
     several = len({row["model"] for row in rows}) > 1
+    models = list(dict.fromkeys(row["model"] for row in rows))
     top = {
         (f"{row['model']}: " if several else "") + _engine(row): row
-        for row in sorted(rows, key=lambda row: row["rate"])
+        for row in sorted(rows, key=lambda row: (models.index(row["model"]), row["rate"]))
         if row["sustained"]
     }
-    fig, axes = plotting.grid([""], list(SPREADS), height=max(2.0, 0.6 + 0.32 * len(top)))
+    fig, axes = plotting.grid([""], list(SPREADS), width=5.5, height=max(2.0, 0.5 + 0.24 * len(top)))
     points = []
     for ax, (field, title) in zip(axes[0], SPREADS.items(), strict=True):
         for name, row in top.items():
@@ -149,6 +151,7 @@ def spread(rows: Sequence[Row]) -> Drawn:
         ax.set_xlabel("ms")
         ax.set_xscale("log")
         ax.invert_yaxis()
+    axes[0][1].tick_params(labelleft=False)
     named = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
     if named:
         fig.legend(named.values(), named.keys(), loc="outside upper center", ncols=3)

@@ -11,7 +11,9 @@ from typing import Any
 import plotting
 from plot_serving import FIGURES
 from render_report import data_uri, distinct, inline_svg, templates
-from serving_findings import claims, overview, told_apart
+from serving_findings import claims
+from serving_overview import overview, side_by_side
+from serving_rows import told_apart
 
 
 def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figures: Path) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figu
         "busy": sum(bool(row["host_busy"]) for row in rows),
         "claims": claims(rows),
         "overview": overview(rows),
+        "side_by_side": side_by_side(rows),
+        "notes": notes(rows),
         "devices": distinct(row["device"] for row in rows),
         "weights": distinct({"model": row["model"], **row["weights"]} for row in rows if row["weights"]),
         "commits": distinct(row["git_commit"] for row in rows),
@@ -43,6 +47,15 @@ def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figu
             for name in FIGURES
         },
     }
+
+
+def notes(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Each note, with the rows that carry it."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"] or ():
+            found.setdefault(note, []).append(row["row_id"])
+    return found
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import serving_reasons as reasons
+from serving_rows import engines, measured, sustained_edge, sustained_rate, told_apart
 
 Row = dict[str, Any]
 HEADLINE_POLICY = "p1c1d8"  # the configuration behind the paper's headline
@@ -27,7 +28,8 @@ LOAD = 0.75  # of saturation: isolation is judged at the highest rate up to it
 class Claim:
     """A statement of arXiv:2503.08461, marked as theirs, or a target of ours (theirs empty), and what we measured.
 
-    `reason`: for a miss, what the rows show about it.
+    `reason`: for a miss, what the rows show about it. `open`: no limit was found, so more load could change the answer.
+    `caveat`: what a reader must know to read the number rightly.
     """
 
     what: str
@@ -36,11 +38,15 @@ class Claim:
     ours: float | None
     where: str
     reason: str = ""
+    open: bool = False
+    caveat: str = ""
 
     @property
     def verdict(self) -> str:
         if self.ours is None:
             return "not measured"
+        if self.open:
+            return "not shown"
         return "reached" if self.ours >= self.wanted else "missed"
 
 
@@ -62,33 +68,6 @@ class Found:
         return f"{policy}, at {at} requests/s"
 
 
-def measured(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    """Ok rows with these fields, lowest rate first."""
-    found = [r for r in rows if r["status"] == "ok" and all(r[k] == v for k, v in wanted.items())]
-    return sorted(found, key=lambda row: row["rate"])
-
-
-def engines(rows: Sequence[Row]) -> list[tuple[str, str, str, bool]]:
-    """(model, policy, setting, immediate release), in order of appearance."""
-    return list(dict.fromkeys((r["model"], r["policy"], r["setting"], r["immediate_release"]) for r in rows))
-
-
-def sustained_rate(rows: Sequence[Row]) -> float | None:
-    """The highest measured rate whose p99 TTFT is within the limit, and all lower ones too."""
-    last, _ = sustained_edge(rows)
-    return last["rate"] if last else None
-
-
-def sustained_edge(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
-    """The row of the highest sustained rate, and the first one above it."""
-    last = None
-    for row in sorted(rows, key=lambda row: row["rate"]):
-        if not row["sustained"]:
-            return last, row
-        last = row
-    return last, None
-
-
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Per model and compressed setting that was run under `dynamic` or `triad`, what can be compared. Rates that were
     measured while something else kept the CPU busy are left out."""
@@ -102,25 +81,6 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return found
 
 
-def told_apart(rows: Sequence[Row]) -> list[Row]:
-    """The rows, with the lengths in the name of a model that served several workloads: only rows of the same requests
-    can be compared."""
-    asked: dict[str, set[str]] = {}
-    for row in rows:
-        asked.setdefault(row["model"], set()).add(json.dumps(row["cell"]["workload"], sort_keys=True))
-    several = {model for model, workloads in asked.items() if len(workloads) > 1}
-    return [row | {"model": _with_lengths(row)} if row["model"] in several else row for row in rows]
-
-
-def _with_lengths(row: Row) -> str:
-    workload = row["cell"]["workload"]
-    lengths = " + ".join(
-        f"{workload[part]['low']}-{workload[part]['high']}" for part in ("context", "output")
-    )
-    arrivals = "" if workload["arrivals"] == "poisson" else f", {workload['arrivals']} arrivals"
-    return f"{row['model']} ({lengths} tokens{arrivals})"
-
-
 def _of_setting(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:
     def own(policy: str = "dynamic", release: bool = True, setting: str = setting) -> list[Row]:
         return measured(rows, setting=setting, policy=policy, immediate_release=release)
@@ -130,20 +90,37 @@ def _of_setting(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:
     statics = [found for policy in sorted(policies) if (found := own(policy))]
     edges = sustained_edge(ours), sustained_edge(full)
     held = _memory(ours, own(release=False))
-    best, same = _against_statics(ours, statics), _most(ours, first, _ttft)
+    best, same = _against_statics(ours, statics), _most(ours, first, reasons.ttft_ratio)
     most, over_static = _saturation(ours, [first]), _saturation(ours, statics)
     ttft, speed = reasons.first_token, reasons.throughput
+    at_ease = [row for own in statics if not driven(own) for row in own[-1:]]
     said = [
         _claim(f"mean TTFT, {HEADLINE_POLICY} over dynamic", "up to 19.3 times lower", 19.3, same, ttft),
-        _claim(f"throughput, dynamic over {HEADLINE_POLICY}", "up to 12.1 times", 12.1, most, speed),
+        _claim(
+            f"generated tok/s, dynamic over {HEADLINE_POLICY}",
+            "up to 12.1 times",
+            12.1,
+            most,
+            partial(speed, wanted=12.1),
+        ),
         _claim(
             "share of KV memory in use saved by immediate release", "20 % less", 0.2, held, reasons.memory
         ),
         _sustained(edges[0]),
         _claim("mean TTFT, best static policy over dynamic", "", 5.0, best, ttft),
-        _claim("throughput at saturation, dynamic over the best static policy", "", 1.5, over_static, speed),
+        _claim(
+            "generated tok/s at saturation, dynamic over the best static policy",
+            "",
+            1.5,
+            over_static,
+            partial(speed, wanted=1.5),
+        ),
         _over_full(*edges),
     ]
+    said[0] = replace(said[0], caveat=reasons.piled_up(_pairs(ours, first), same.theirs))
+    said[2] = replace(said[2], caveat=reasons.against_full(_pairs(ours, full), held.ours))
+    said[4] = replace(said[4], caveat=reasons.over_rates(_lowest(ours, statics), best.theirs))
+    said[5] = replace(said[5], caveat=reasons.not_driven(at_ease))
     where = f"{model}, {setting}"
     # A setting that was run under one policy alone was not meant to be compared with others.
     return [replace(claim, where=where + claim.where) for claim in said if claim.ours is not None or statics]
@@ -151,33 +128,36 @@ def _of_setting(rows: Sequence[Row], model: str, setting: str) -> list[Claim]:
 
 def _claim(what: str, theirs: str, wanted: float, found: Found, why: Callable[[Row, Row], str]) -> Claim:
     missed = found.value is not None and found.value < wanted
-    return Claim(
-        what, theirs, wanted, found.value, found.where, why(found.ours, found.theirs) if missed else ""
-    )
+    reason = why(found.ours, found.theirs) if missed else ""
+    return Claim(what, theirs, wanted, found.value, found.where, reason)
 
 
 def _sustained(edge: tuple[Row | None, Row | None]) -> Claim:
-    rate = edge[0]["rate"] if edge[0] else None
-    missed = rate is not None and rate < STABLE_RATE
-    reason = reasons.sustained(*edge) if missed else ""
-    return Claim("sustained rate, requests per second", "stable to 40", STABLE_RATE, rate, "", reason)
+    """Zero where not even the lowest rate is sustained."""
+    last, failed = edge
+    rate = last["rate"] if last else 0.0 if failed else None
+    unknown = last is not None and failed is None and rate < STABLE_RATE
+    reason = reasons.sustained(*edge) if rate is not None and rate < STABLE_RATE else ""
+    caveat = reasons.piling(last) if last else ""
+    return Claim(
+        "sustained rate, requests per second", "stable to 40", STABLE_RATE, rate, "", reason, unknown, caveat
+    )
 
 
 def _over_full(ours: tuple[Row | None, Row | None], full: tuple[Row | None, Row | None]) -> Claim:
-    """Not known while one that was not driven beyond its limit could change the answer."""
+    """Open while one that was not driven beyond its limit could change the answer."""
     what, wanted = "sustained rate over that of the uncompressed cache", 1.5
     if ours[0] is None or full[0] is None:
         return Claim(what, "", wanted, None, "")
     gain = ours[0]["rate"] / full[0]["rate"]
     where = f", at {ours[0]['rate']:g} against {full[0]['rate']:g} requests/s"
-    if full[1] is None or (ours[1] is None and gain < wanted):
-        return Claim(what, "", wanted, None, f"{where}, both sustained: no limit was found")
-    reason = reasons.over_full(ours, full) if gain < wanted else ""
-    return Claim(what, "", wanted, gain, where, reason)
-
-
-def _ttft(ours: Row, theirs: Row) -> float:
-    return theirs["ttft_s"]["mean"] / ours["ttft_s"]["mean"]
+    unknown = (full[1] is None and (ours[1] is None or gain >= wanted)) or (ours[1] is None and gain < wanted)
+    if full[1] is None and ours[1] is None and gain != 1:
+        return Claim(what, "", wanted, None, f"{where}: no limit was found")
+    if full[1] is None and ours[1] is None:
+        return Claim(what, "", wanted, gain, where, reasons.no_limit(ours[0], full[0]), open=True)
+    reason = reasons.over_full(ours, full) if unknown or gain < wanted else ""
+    return Claim(what, "", wanted, gain, where, reason, unknown)
 
 
 def _pairs(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -212,6 +192,15 @@ def _most(ours: Sequence[Row], theirs: Sequence[Row], ratio: Callable[[Row, Row]
     return max((Found(ratio(a, b), a, b) for a, b in pairs), key=lambda found: found.value, default=Found())
 
 
+def _lowest(ours: Sequence[Row], statics: Sequence[Sequence[Row]]) -> list[tuple[Row, Row]]:
+    """At each common rate ours, and the static policy with the lowest mean TTFT."""
+    best: dict[float, tuple[Row, Row]] = {}
+    for a, b in (pair for own in statics for pair in _pairs(ours, own)):
+        if b["rate"] not in best or b["ttft_s"]["mean"] < best[b["rate"]][1]["ttft_s"]["mean"]:
+            best[b["rate"]] = (a, b)
+    return [best[rate] for rate in sorted(best)]
+
+
 def _memory(ours: Sequence[Row], held: Sequence[Row]) -> Found:
     """The least over the rates that both sustain: overloaded engines hold other requests."""
     pairs = [(a, b) for a, b in _pairs(ours, held) if a["sustained"] and b["sustained"]]
@@ -234,40 +223,19 @@ def _against_statics(ours: Sequence[Row], statics: Sequence[Sequence[Row]]) -> F
     if not kept:
         return Found()
     a, b = max(kept, key=lambda pair: (pair[1]["rate"], -pair[1]["ttft_s"]["mean"]))
-    return Found(_ttft(a, b), a, b)
+    return Found(reasons.ttft_ratio(a, b), a, b)
+
+
+def driven(own: Sequence[Row]) -> bool:
+    """Whether these rows of one engine go beyond what it can do."""
+    return own[-1]["finished"] < own[-1]["requests"] or not own[-1]["sustained"]
 
 
 def _saturation(ours: Sequence[Row], statics: Sequence[Sequence[Row]]) -> Found:
     """The most that each can do; a static policy that was not driven beyond what it can do is left out."""
-    driven = [
-        own
-        for own in statics
-        if own and (own[-1]["finished"] < own[-1]["requests"] or not own[-1]["sustained"])
-    ]
-    if not ours or not driven:
+    known = [own for own in statics if own and driven(own)]
+    if not ours or not known:
         return Found()
     a = max(ours, key=lambda row: row["output_tok_s"])
-    b = max((row for own in driven for row in own), key=lambda row: row["output_tok_s"])
+    b = max((row for own in known for row in own), key=lambda row: row["output_tok_s"])
     return Found(a["output_tok_s"] / b["output_tok_s"], a, b)
-
-
-def overview(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line per engine: what it sustains, and its best throughput and goodput over the rates."""
-    lines = []
-    for model, policy, setting, release in engines(rows):
-        own = measured(rows, model=model, policy=policy, setting=setting, immediate_release=release)
-        lines.append(
-            {
-                "model": model,
-                "policy": policy,
-                "setting": setting if release else f"{setting}, pages held",
-                "rates": ", ".join(f"{row['rate']:g}" for row in own),
-                "sustained": sustained_rate(own),
-                "output_tok_s": max((row["output_tok_s"] for row in own), default=None),
-                "goodput": max((row["goodput_requests_s"] for row in own), default=None),
-                "ttft": own[-1]["ttft_s"] if own else None,
-                "tpot": own[-1]["tpot_s"] if own else None,
-                "peak_kv_bytes": max((row["peak_kv_bytes"] for row in own), default=None),
-            }
-        )
-    return lines

@@ -189,6 +189,8 @@ class PartitionConfig(StrictConfig):
             f"greenctx_compress_ratio {self.compress_ratio} and greenctx_main_ratio {self.main_ratio} sum to "
             f"{self.compress_ratio + self.main_ratio:.3f}; together they may use at most 1 (the whole GPU).",
         )
+        both = "greenctx bound and main_stream are both on, but main_stream takes its SMs for good: leave one out."
+        require(not (self.bound and self.main_stream), both)
 
 
 @dataclass(frozen=True)

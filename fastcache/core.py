@@ -88,6 +88,7 @@ class Sequence:
     leave_whole: bool = False  # decided: compressing it would not pay
     to_compress: int = 0  # entries to keep of a stored context; decoding waits until that is done
     under_way: bool = False  # that compression has been launched
+    fresh: int = 0  # pages that a planned chunk compresses it into; among `pages` once that is on its way
     held: list[int] = field(default_factory=list)  # old pages that stay until the request ends
     ready_s: float = 0.0  # since when it is ready for its next stage
     cached_tokens: int = 0

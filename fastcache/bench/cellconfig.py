@@ -137,7 +137,12 @@ class CellConfig(StrictConfig):
             raise ConfigError(
                 f"variant {self.variant!r} needs greenctx_compress_ratio and greenctx_main_ratio."
             )
-        PartitionConfig(compress_ratio=ratios[0], main_ratio=ratios[1])
+        PartitionConfig(
+            compress_ratio=ratios[0],
+            main_ratio=ratios[1],
+            main_stream=self.greenctx_main_stream,
+            bound=self.greenctx_bound,
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

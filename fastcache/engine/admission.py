@@ -36,7 +36,9 @@ class Admission:
         want = self.demand.expected(seq) - shared
         if want > self.allocator.available:
             return False
-        promised = sum(max(0, self.demand.expected(other) - len(other.pages)) for other in running)
+        promised = 0
+        for other in running:
+            promised += max(0, self.demand.expected(other) - len(other.pages) - other.fresh)
         return want + promised <= self.allocator.available
 
     def _match(self, seq: Sequence) -> list[int]:

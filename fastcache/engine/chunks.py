@@ -53,6 +53,7 @@ class Chunks:
             return None
         if stored:
             self._extend(seq, length)
+        seq.fresh = fresh
         return Chunk(
             seq,
             start=seq.num_computed,

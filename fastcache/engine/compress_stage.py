@@ -79,7 +79,7 @@ class CompressStage:
         """From here on the sequence lives on its fresh pages. Later steps are ordered behind the copies."""
         old, seq.kv_len_before = seq.pages, seq.kv_len
         seq.replace_pages(list(fresh))
-        seq.kv_len, seq.compressed, seq.to_compress = kept, True, 0
+        seq.kv_len, seq.compressed, seq.to_compress, seq.fresh = kept, True, 0, 0
         seq.kv_len_after = self.demand.mean_kept(seq)
         stats.compressed_sequences += 1
         if not self.immediate_release:

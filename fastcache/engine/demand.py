@@ -81,8 +81,9 @@ class PageDemand:
 
     def direct(self, seq: Sequence) -> bool:
         """Whether the context of `seq` is sure to be compressed without being stored whole."""
-        fits = seq.kv_len == 0 and seq.request.compress_at <= self.direct_tokens
-        return fits and self.kept(seq) > 0
+        always = seq.kv_len == 0 and seq.request.compress_at <= self.direct_tokens
+        planned = seq.fresh > 0 and not seq.pages
+        return (always or planned) and self.kept(seq) > 0
 
     def peak(self, seq: Sequence, new_tokens: int) -> int:
         """Most pages `seq` holds at once until it has sampled `new_tokens` more tokens.

@@ -233,6 +233,7 @@ def test_a_wrong_name_is_answered_with_the_nearest(changes, near):
         ({"compression_factors": [0.5]}, "above 1"),
         ({"compression_factors": ["5"]}, "above 1"),
         ({"greenctx": {"splits": [{"compress_ratio": 0.6, "main_ratio": 0.6}]}}, "sum to"),
+        ({"greenctx": {"bound": True, "main_stream": True}}, "bound and main_stream are both on"),
         ({"greenctx": {"splits": [{"compress_ratio": 1.5}]}}, "strictly between 0 and 1"),
         ({"greenctx": {"splits": [{"compress_ratio": "a"}]}}, "strictly between 0 and 1"),
         ({"models": {}}, "at least one model"),

@@ -101,6 +101,18 @@ def test_a_warm_up_leaves_nothing_to_try_in_what_is_timed():
     assert all(d["reason"] != TRIED for d in tuned.tuner.report()["decisions"])
 
 
+@pytest.mark.parametrize(("count", "context"), [(2, 2048), (4, 1024), (16, 2048)])
+def test_a_pool_that_is_just_large_enough_admits_a_whole_batch_at_once(count, context):
+    """What a planned step compresses right out of itself is promised no pages for the whole context. Pools of this size
+    are what `engine.memory` makes for a few sequences."""
+    longest = context + 128
+    pool_tokens = (count * (longest // 16 + -(-longest // 5 // 16)) + 1) * 16
+    engine = Engine(h100(), count, pool_tokens=pool_tokens, tuned=tuner(count, pool_tokens))
+    engine.run(closed(count, context, 128))
+    assert [kind for kind, _ in engine.steps].count("prefill") == 1
+    assert engine.scheduler.stats.preemptions == 0
+
+
 def test_short_requests_are_left_whole_at_the_speed_of_the_baseline():
     asked = closed(64, 512, 4)
     tuned = Engine(h100(), tuned=tuner(64))

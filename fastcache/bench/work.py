@@ -22,6 +22,11 @@ def layer_parameters(model: Any) -> int:
     return model.num_layers * model.hidden_size * (heads + 3 * model.intermediate_size)
 
 
+def last_parameters(model: Any) -> int:
+    """Weights of the last layer's matrices behind its attention."""
+    return model.hidden_size * (model.num_heads * model.head_dim + 3 * model.intermediate_size)
+
+
 def head_parameters(model: Any) -> int:
     return model.vocab_size * model.hidden_size
 
@@ -30,11 +35,13 @@ def prefill_flops(model: Any, start: int, length: int) -> int:
     """FLOPs of prefilling tokens `start` to `length` of one prompt; the ones before came from a prefix cache.
 
     Two per weight and token, and causal attention: token t has 4 FLOPs per head dimension and query head with each of
-    the t tokens before it, so half of length^2 - start^2 pairs. The head runs for one token a prompt: not counted.
+    the t tokens before it, so half of length^2 - start^2 pairs. Behind the last attention only the token that is
+    sampled from goes on: one a prompt. The head runs for it, too: not counted.
     """
     pairs = (length**2 - start**2) / 2
     attention = 4 * model.num_heads * model.head_dim * model.num_layers * pairs
-    return int(2 * layer_parameters(model) * (length - start) + attention)
+    fresh, last = length - start, last_parameters(model)
+    return int(2 * ((layer_parameters(model) - last) * fresh + last) + attention)
 
 
 def step_bytes(model: Any, dtype: str) -> int:

@@ -3,6 +3,9 @@
 Nothing but the merged entries is written: a program reads the groups of some kept slots of one head, turns keys back
 in registers, multiplies through the three linear layers in float32 sums, turns merged keys on and stores them.
 
+The mean that is added to a network's output is read apart: with tiles that products and a sum share, the compiler of
+Triton 3.6 let tiles be overwritten too early, for some block sizes.
+
 Lower bound of one layer, N tokens, Hk heads of size d, k entries per group, h the networks' width, c bytes a value:
 reads 2 N Hk d c and writes 2 N Hk d c / k bytes; 4 N Hk / k x (k d h + h h + h d) floating-point operations.
 """
@@ -37,6 +40,14 @@ def _put(pages_ptr, target, value, inside, LARGEST: tl.constexpr):
     if LARGEST > 0:
         value = tl.clamp(value, -LARGEST, LARGEST)
     tl.store(pages_ptr + target, value.to(pages_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _halves(x_ptr, entry, x_entry, column, inside, HALF: tl.constexpr):
+    place = (entry * x_entry)[:, None] + column[None, :]
+    return tl.load(x_ptr + place, mask=inside, other=0.0), tl.load(
+        x_ptr + place + HALF, mask=inside, other=0.0
+    )
 
 
 @triton.jit
@@ -88,20 +99,13 @@ def _merge_kernel(
     into = unit[None, :] * (FACTOR * 2 * HALF) + column[:, None]
     fits = real[None, :] & (column < HALF)[:, None]
     hidden = tl.zeros((SLOTS, BLOCK_WIDTH), tl.float32)
-    mean_first = tl.zeros((SLOTS, BLOCK_HALF), tl.float32)
-    mean_second = tl.zeros((SLOTS, BLOCK_HALF), tl.float32)
     for j in range(FACTOR):
-        place = ((start + j) * x_entry)[:, None] + column[None, :]
-        a = tl.load(x_ptr + place, mask=inside, other=0.0)
-        b = tl.load(x_ptr + place + HALF, mask=inside, other=0.0)
+        a, b = _halves(x_ptr, start + j, x_entry, column, inside, HALF)
         if TURNED:
             turned_a, turned_b = _turn(
                 a.to(tl.float32), b.to(tl.float32), cos_sin_ptr, start + j, column, inside, HALF, -1.0
             )
             a, b = turned_a.to(dtype), turned_b.to(dtype)
-        if MEAN:
-            mean_first += a.to(tl.float32)
-            mean_second += b.to(tl.float32)
         weight = tl.load(w0_ptr + into + j * 2 * HALF, mask=fits, other=0.0)
         hidden = tl.dot(a, weight, hidden)
         weight = tl.load(w0_ptr + into + (j * 2 + 1) * HALF, mask=fits, other=0.0)
@@ -120,11 +124,27 @@ def _merge_kernel(
     b = tl.dot(active, tl.load(w6_ptr + out_of + HALF * WIDTH, mask=fits, other=0.0))
     a += tl.load(b6_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     b += tl.load(b6_ptr + column + HALF, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    if MEAN:
-        a += mean_first / FACTOR
-        b += mean_second / FACTOR
     if TURNED:
         a, b = _turn(a, b, cos_sin_ptr, start + FACTOR - 1, column, inside, HALF, 1.0)
+    if MEAN:
+        # Turned back by its own position and on to the last one's, entry j turns by as much in every group. The entries
+        # are read again, out of the cache: no tile of a product is used for anything else.
+        mean_first = tl.zeros((SLOTS, BLOCK_HALF), tl.float32)
+        mean_second = tl.zeros((SLOTS, BLOCK_HALF), tl.float32)
+        for j in range(FACTOR):
+            own_a, own_b = _halves(x_ptr, start + j, x_entry, column, inside, HALF)
+            own_a, own_b = own_a.to(tl.float32), own_b.to(tl.float32)
+            if TURNED:
+                angle = (FACTOR - 1 - j) * 2 * HALF + column
+                cos = tl.load(cos_sin_ptr + angle, mask=column < HALF, other=1.0).to(tl.float32)[None, :]
+                sin = tl.load(cos_sin_ptr + angle + HALF, mask=column < HALF, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+                own_a, own_b = own_a * cos - own_b * sin, own_b * cos + own_a * sin
+            mean_first += own_a
+            mean_second += own_b
+        a += mean_first / FACTOR
+        b += mean_second / FACTOR
 
     page = tl.load(fresh_ptr + batch * table_width + slot // page_size, mask=mine, other=0).to(tl.int64)
     entry = ((page * heads + head) * page_size + slot % page_size) * 2 * HALF
@@ -162,6 +182,8 @@ def _copy_kernel(
     batch, head = row // heads, row % heads
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     mine = tl.load(kinds_ptr + batch * slots + slot, mask=slot < slots, other=-1) == 0
+    if tl.sum(mine.to(tl.int32), axis=0) == 0:
+        return
     source = tl.load(first_ptr + batch * slots + slot, mask=mine, other=0)
     page = tl.load(fresh_ptr + batch * table_width + slot // page_size, mask=mine, other=0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -199,11 +221,11 @@ def merge_into_pages(
     batch, heads, _, dim = keys.shape
     slots, half = plan.first.shape[1], dim // 2
     assert keys.stride(3) == values.stride(3) == 1
-    grid = (batch * heads, triton.cdiv(slots, SLOTS))
     sizes = (heads, slots, fresh.shape[1], pages[0].shape[2])
     largest = torch.finfo(pages[0].dtype).max if pages[0].dtype.itemsize == 1 else 0.0
     strides = (*keys.stride()[:3], *values.stride()[:3])
     where = (plan.first, plan.kinds, fresh)
+    grid = (batch * heads, triton.cdiv(slots, SLOTS))
     _copy_kernel[grid](
         keys, values, *pages, *where, *strides, *sizes,
         LARGEST=largest, DIM=dim, BLOCK=triton.next_power_of_2(dim), SLOTS=SLOTS, num_warps=4,
@@ -212,10 +234,12 @@ def merge_into_pages(
         for part, x, target in (("k", keys, pages[0]), ("v", values, pages[1])):
             net = nets[kind + part]
             width = net[1].shape[0]
+            turned = layout.unrotated and part == "k"
             _merge_kernel[grid](
                 x, target, *where, cos_sin, *net, *x.stride()[:3], *sizes,
-                KIND=1 + KINDS.index(kind), FACTOR=layout.factor, TURNED=layout.unrotated and part == "k",
+                KIND=1 + KINDS.index(kind), FACTOR=layout.factor, TURNED=turned,
                 MEAN=layout.base == "mean", LARGEST=largest, HALF=half, WIDTH=width,
                 BLOCK_HALF=max(16, triton.next_power_of_2(half)),
-                BLOCK_WIDTH=max(16, triton.next_power_of_2(width)), SLOTS=SLOTS, num_warps=8, num_stages=2,
+                BLOCK_WIDTH=max(16, triton.next_power_of_2(width)), SLOTS=SLOTS,
+                num_warps=4 if width <= 128 else 8, num_stages=2,
             )  # fmt: skip

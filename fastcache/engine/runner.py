@@ -148,12 +148,16 @@ class Runner:
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)
         rated = self.states is not None and not step.decode
+        inputs = batch.input_ids, batch.positions, attend, embeddings, places
+        asked = any(chunk.seq.request.logprobs_from is not None for chunk in step.chunks)
         with self.states.watching(step, batch) if rated else nullcontext():
-            hidden = self.model(batch.input_ids, batch.positions, attend, embeddings, places)
+            hidden = self.model(*inputs, rows=None if asked else batch.sample_rows)
         for each in watching:
             each.finish()
-        self._keep_logprobs(step, batch, hidden)
-        return self.model.logits(hidden[batch.sample_rows])
+        if asked:
+            self._keep_logprobs(step, batch, hidden)
+            hidden = hidden[batch.sample_rows]
+        return self.model.logits(hidden)
 
     def _keep_logprobs(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> None:
         """What the model says comes after each prompt token, for requests that ask. hidden: (T, hidden_size)."""

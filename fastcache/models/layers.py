@@ -3,6 +3,7 @@
 The way of the data in one layer, T packed tokens:
 hidden (T, n) -> norm -> qkv -> q/k norm, rotation -> attend(layer, q, k, v) -> output projection, added to hidden
 -> norm -> gate and up -> silu * -> down, added to hidden.
+With `rows` only those go on behind attention: in the last layer, those that a token is sampled from.
 `attend` returns (T, H, d); it is an argument, so a layer holds no state of a batch. `attend` stores k and v, unless
 `places` says where: then the rotation does, which has them in registers.
 """
@@ -33,6 +34,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def of(self, x: Tensor, ops: Ops) -> Tensor:
+        """y by the fastest kernel for these shapes."""
+        return ops.project(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor, ops: Ops) -> Tensor:
         """residual + y; may be in the residual's memory."""
@@ -70,14 +75,18 @@ class Attention(nn.Module):
         cos_sin: Tensor,
         attend: Attend,
         places: Places | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """residual + attention of x, both (T, n)."""
+        """residual + attention of x, both (T, n); of `rows` alone where they are given."""
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.eps)
         place = None if places is None else places(self.layer)
         q, k, v = self.ops.qk_norm_rope(self.qkv(x), self.heads, norms, cos_sin, positions, place)
-        return self.output.add_to(residual, attend(self.layer, q, k, v).flatten(1), self.ops)
+        attended = attend(self.layer, q, k, v).flatten(1)
+        if rows is not None:
+            residual, attended = residual[rows], attended[rows]
+        return self.output.add_to(residual, attended, self.ops)
 
 
 class FeedForward(nn.Module):
@@ -91,7 +100,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + MLP of x, both (T, n)."""
-        return self.down.add_to(residual, self.ops.silu_mul(self.gate_up(x)), self.ops)
+        return self.down.add_to(residual, self.ops.silu_mul(self.gate_up.of(x, self.ops)), self.ops)
 
 
 class DecoderLayer(nn.Module):
@@ -112,8 +121,9 @@ class DecoderLayer(nn.Module):
         cos_sin: Tensor,
         attend: Attend,
         places: Places | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """(T, n) -> (T, n); may overwrite x."""
+        """(T, n) -> (T, n), or (R, n) with rows (R,); may overwrite x."""
         normed = self.ops.rms_norm(x, self.input_norm.weight, self.eps)
-        x = self.attention(normed, x, positions, cos_sin, attend, places)
+        x = self.attention(normed, x, positions, cos_sin, attend, places, rows)
         return self.feed_forward(self.ops.rms_norm(x, self.post_norm.weight, self.eps), x)

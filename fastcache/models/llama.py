@@ -34,15 +34,19 @@ class Llama(nn.Module):
         attend: Attend,
         embeddings: Tensor | None = None,
         places: Places | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """input_ids, positions: (T,) int64. Returns (T, hidden_size).
 
         embeddings: (T, hidden_size) to start from in place of the tokens' own; they may be overwritten.
+        rows: (R,) int64, those whose final state is wanted; then (R, hidden_size) is returned, and the last layer does
+            nothing for the others once their keys and values are there.
         places: where each layer stores its new keys and values; only with `ops.stores_kv`, else `attend` does.
         """
         x = self.embed[input_ids] if embeddings is None else embeddings
-        for layer in self.layers:
-            x = layer(x, positions, self.cos_sin, attend, places)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, positions, self.cos_sin, attend, places, rows if number == last else None)
         return self.ops.rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Ops:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * (wide * scale).to(x.dtype)
 
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T (+ b): x (T, k), weight (n, k)."""
+        return F.linear(x, weight, bias)
+
     def project_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """residual + x W^T (+ b): x (T, k), weight (n, k), residual (T, n). May reuse the residual's memory."""
         return residual + F.linear(x, weight, bias)

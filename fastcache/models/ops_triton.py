@@ -7,6 +7,7 @@ kernel that rotates keys can store them, and the values beside them, in their pa
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from fastcache.kvcache.pool import KVPlace
 from fastcache.models.argmax_triton import argmax
 from fastcache.models.ops import Ops
+from fastcache.models.product_triton import product, product_columns
 
 HEADS_PER_PROGRAM = 8
 SILU_BLOCK = 2048
@@ -129,9 +131,17 @@ class TritonOps(Ops):
         _norm_kernel[grid](x, weight, out, size, eps, BLOCK=block, num_warps=max(1, block // 1024))
         return out
 
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        columns = product_columns(x, weight)
+        if columns is None:
+            return F.linear(x, weight, bias)
+        out = product(x, weight, columns)
+        return out if bias is None else out.add_(bias)
+
     def project_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """The product's kernel adds what is there already, so the sum costs no pass over memory, and rounds once."""
-        total = residual.addmm_(x, weight.t())
+        columns = product_columns(x, weight)
+        total = residual.addmm_(x, weight.t()) if columns is None else product(x, weight, columns, residual)
         return total if bias is None else total.add_(bias)
 
     def argmax(self, logits: Tensor) -> Tensor:

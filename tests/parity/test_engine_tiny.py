@@ -67,6 +67,26 @@ def test_logits_agree(tiny_model, shape):
         assert (seen[0][row] - want).abs().max() < 1e-4
 
 
+def test_the_last_layer_goes_on_with_the_sampled_rows_alone(tiny_model):
+    """Their states are those of a pass over all rows, and the feed-forward of the last layer sees no others."""
+    llm = LLM(tiny_model("qwen3", 4, 2, 32, 64, 3, False), device="cpu", page_size=4, num_pages=64)
+    model, calls, widths = llm._runner.model, [], []
+    forward = model.forward
+
+    def both(*inputs, rows=None, **options):
+        some = forward(*inputs, rows=rows, **options)
+        if rows is not None:
+            calls.append(len(rows))
+            assert torch.allclose(some, forward(*inputs, **options)[rows], atol=1e-6)
+        return some
+
+    model.forward = both
+    for layer in (model.layers[0], model.layers[-1]):
+        layer.feed_forward.register_forward_pre_hook(lambda _, inputs: widths.append(len(inputs[0])))
+    llm.generate(prompts_of([5, 33]), greedy(1))
+    assert calls == [2] and widths == [38, 2, 38, 38]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 def test_tokens_equal_in_a_mixed_batch_across_page_edges(tiny_model, shape):
     arch, heads, kv_heads, head_dim, hidden, tied = shape

@@ -24,6 +24,7 @@ from fastcache.config import CompressionConfig
 from fastcache.kvcache.pool import KVPool, KVShape
 from fastcache.models.argmax_triton import argmax
 from fastcache.models.config import RopeConfig
+from fastcache.models.product_triton import product, whole_turns
 from fastcache.models.rope import rotary_table
 
 patch_tensor = interpreter._patch_lang_tensor
@@ -126,8 +127,33 @@ def first_of_the_largest():
     assert argmax(torch.full((1, 9), -torch.inf)).tolist() == [0]
 
 
+def few_rows():
+    """Products with the edges of their tiles: fewer rows than a tile, and a residual to add to."""
+    for rows, columns, block in ((64, 96, 32), (37, 128, 64)):
+        x, weight = torch.randn(rows, 256).half(), (torch.randn(columns, 256) / 16).half()
+        residual = torch.randn(rows, columns).half()
+        want = x.float() @ weight.float().t()
+        assert torch.allclose(product(x, weight, block).float(), want, atol=5e-3)
+        assert torch.allclose(product(x, weight, block, residual.clone()).float(), want + residual, atol=8e-3)
+
+
+def whole_turns_alone():
+    """132 processors: 384 and 128 blocks nearly fill three turns and one; 192 would leave 72 of 264 places idle."""
+    assert [whole_turns(n, 132) for n in (24576, 4096, 6144, 5120, 4100)] == [64, 32, None, None, None]
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     expected_attention_triton.PROGRAMS = observe_triton.PROGRAMS = 40  # two or three to a head
-    for case in (select, window, keydiff, expected, observe_all, repack, first_of_the_largest):
+    for case in (
+        select,
+        window,
+        keydiff,
+        expected,
+        observe_all,
+        repack,
+        first_of_the_largest,
+        few_rows,
+        whole_turns_alone,
+    ):
         case()

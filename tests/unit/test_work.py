@@ -9,7 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from fastcache.bench.work import kv_entries_read, layer_parameters, prefill_flops, step_bytes, utilisation
+from fastcache.bench.work import (
+    kv_entries_read,
+    last_parameters,
+    layer_parameters,
+    prefill_flops,
+    step_bytes,
+    utilisation,
+)
 from fastcache.device import ceilings
 from fastcache.models.config import load_model_config
 from fastcache.stats import EngineStats
@@ -22,15 +29,24 @@ def test_prefill_flops_are_those_torch_counts(tiny_model, arch):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(length)[None] % config.vocab_size)
-    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    by_module = counter.get_flop_counts()
+    counts = {str(op): n for op, n in by_module["Global"].items()}
     attention = counts.pop("aten.bmm")  # whole squares, where causal attention needs half
     head = 2 * config.vocab_size * config.hidden_size * length  # for all tokens, where one is sampled
     # The rotary angles are a product, too, of one number per pair and position.
     rotary = 2 * (config.head_dim // 2) * length
-    assert prefill_flops(config, 0, length) == sum(counts.values()) - head + (attention - rotary) / 2
-    assert prefill_flops(config, 0, 30) + prefill_flops(config, 30, length) == prefill_flops(
-        config, 0, length
+    # Behind the last attention one token of the prompt goes on.
+    last = f"layers.{config.num_layers - 1}"
+    behind = sum(
+        sum(by_op.values())
+        for name, by_op in by_module.items()
+        if name.endswith((f"{last}.mlp", f"{last}.self_attn.o_proj"))
     )
+    idle = behind * (length - 1) / length
+    assert behind == 2 * length * last_parameters(config)
+    assert prefill_flops(config, 0, length) == sum(counts.values()) - head + (attention - rotary) / 2 - idle
+    twice = prefill_flops(config, 0, 30) + prefill_flops(config, 30, length)
+    assert twice - prefill_flops(config, 0, length) == behind / length
 
 
 def request(**changes):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fastcache.compression import observe
 from fastcache.compression.adakv import adaptive_counts
 from fastcache.compression.base import EvictionMethod, LayerKV
 from fastcache.compression.kernels import kernels_for
@@ -20,9 +22,12 @@ from fastcache.kvcache.pool import KVPool
 # What only the prefill itself can tell, and only about a context whose queries are all computed in one step.
 NEEDS_ALL_QUERIES = frozenset({"attention_mass", "query_stats"})
 # What is the same for one sequence in two layers as for two sequences in one.
-NEEDS_NO_LAYER = frozenset({"keys", "values", "window_queries", "hidden_states"})
+NEEDS_NO_LAYER = frozenset({"keys", "values", "window_queries", "hidden_states"}) | NEEDS_ALL_QUERIES
 # Keys that are read at once: a few layers of long contexts, all of them of short ones.
 BYTES_AT_ONCE = 2**28
+# What layers of a step that wait for each other may hold, with what compressing them together takes. The pool is sized
+# with it in mind (`engine.memory`).
+WAITING_BYTES = 3 * 2**29
 
 
 class LayerCompressor:
@@ -41,7 +46,7 @@ class LayerCompressor:
 
     @cached_property
     def _merged(self) -> LayerCompressor:
-        merged = LayerCompressor(self.method, self.pool.as_one_layer(), 1, None)
+        merged = LayerCompressor(self.method, self.pool.as_one_layer(), 1, self.rotation)
         merged.kernels = self.kernels
         return merged
 
@@ -78,21 +83,32 @@ class LayerCompressor:
             seen = torch.cat(queries[part.start : part.stop]).transpose(1, 2) if queries else None
             self._merged.stored(0, work.across(part, pool.num_pages), seen)
 
-    def packed_all(self, work: Work, where: Packed, steps: Many[Computed], queries: Many[Tensor]) -> None:
-        """All layers as `packed`, at once; only where layers merge. steps: by layer. queries: as in `stored_all`."""
-        layers, num_tokens = len(steps), len(steps[0].k)
-        rated = steps[0].ratings is not None
-        step = Computed(
-            steps[0].q,  # for methods that need no more of the queries than `queries`
-            torch.cat([each.k for each in steps]),
-            torch.cat([each.v for each in steps]),
-            None,
-            torch.cat([each.ratings for each in steps]) if rated else None,
-        )
+    def waiting(self, work: Work, step: Computed) -> int:
+        """How many layers, each with a step like this, may wait for each other: `WAITING_BYTES` of them."""
+        n, num_tokens, (heads, size) = len(work.table), len(step.k), step.q.shape[1:]
+        copied = (
+            sum(x.nbytes for x in self._read(step).tensors) // num_tokens
+        )  # in a row behind others, and padded
+        each = sum(x.nbytes for x in step.tensors) + copied * (num_tokens + n * work.max_length)
+        if "query_stats" in self.method.needs:
+            each += 2 * n * heads * size**2 * torch.float32.itemsize  # shares of moments, and the covariance
+        if "attention_mass" in self.method.needs and self.kernels.attention_mass is observe.attention_mass:
+            each += observe.weight_bytes(n, heads, work.max_length)
+        return max(1, WAITING_BYTES // each)
+
+    def packed_all(
+        self, layers: range, work: Work, where: Packed, steps: Many[Computed], queries: Many[Tensor]
+    ) -> None:
+        """`layers` as `packed`, at once; only where layers merge. steps: theirs. queries: as in `stored_all`."""
         seen = torch.cat(list(queries)).transpose(1, 2) if queries else None
-        work_across = work.across(range(layers), self.pool.num_pages)
-        where_across = where.across(layers, num_tokens, work.max_length)
+        work_across = work.across(layers, self.pool.num_pages)
+        where_across = where.across(len(layers), len(steps[0].k), work.max_length)
+        step = Computed.across([self._read(each) for each in steps])
         self._merged.packed(0, work_across, where_across, step, seen)
+
+    def _read(self, step: Computed) -> Computed:
+        """What of `step` is read: all its queries only where a method must see them."""
+        return step if self.method.needs & NEEDS_ALL_QUERIES else replace(step, q=None, lse=None)
 
     def packed(self, layer: int, work: Work, where: Packed, step: Computed, queries: Tensor | None) -> None:
         """Contexts out of what the step has computed."""

@@ -33,6 +33,11 @@ def attention_mass(queries: Tensor, keys: Tensor, lengths: Tensor, lse: Tensor |
     return mass
 
 
+def weight_bytes(sequences: int, heads: int, longest: int) -> int:
+    """What `attention_mass` holds of weights at once, with the logits they are made of."""
+    return 2 * sequences * heads * min(QUERIES, longest) * longest * torch.float32.itemsize
+
+
 def query_statistics(queries: Tensor, lengths: Tensor, cos_sin: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Mean (B, H, d) and covariance (B, H, d, d), float32, of the unrotated queries from position `first` on.
 

@@ -147,11 +147,17 @@ class Rotation:
 class Computed:
     """One layer of a step: rotated q (T, H, d), k and v (T, Hk, d), the backend's `lse`, and ratings (T, Hk)."""
 
-    q: Tensor
+    q: Tensor | None
     k: Tensor
     v: Tensor
     lse: Tensor | None
     ratings: Tensor | None = None
+
+    @classmethod
+    def across(cls, layers: Many[Computed]) -> Computed:
+        """All of `layers` behind each other, as `Packed.across` finds them."""
+        columns = zip(*((x.q, x.k, x.v, x.lse, x.ratings) for x in layers), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     @property
     def tensors(self) -> list[Tensor]:

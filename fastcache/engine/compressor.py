@@ -25,8 +25,7 @@ from fastcache.kvcache.pool import KVPool
 
 # Contexts whose query statistics are held at once: each takes a matrix of head size squared for every query head.
 MOST_COVARIANCES = 32
-# A step of so few tokens takes the device less time than the host needs to launch a compression in each layer, and
-# what it computes in all layers takes less memory than what a full step computes in one.
+# A step of so few tokens takes the device less time than the host needs to launch a compression in each layer.
 SMALL_STEP = 4_096
 
 
@@ -84,37 +83,45 @@ def layers_of(
 
 @dataclass
 class _Late:
-    """Contexts that are compressed when all layers are there, and what must be kept of the layers until then.
+    """Contexts that are compressed in many layers at once, and what must be kept of the layers until then.
 
-    where: in a step's own entries; None where pages have them.
+    where: in a step's own entries, of as many layers as memory allows; None where pages have them, of all.
     """
 
+    layers: LayerCompressor | LayerTransformer
     work: Work
     where: Packed | None
     queries: list[Tensor] = field(default_factory=list)  # by layer (n, w, H, d), for a method that needs them
     steps: list[Computed] = field(default_factory=list)  # by layer
+    most: int = 0  # of them
+    done: int = 0  # layers that are compressed
 
-    def see(self, step: Computed, window: bool) -> None:
-        if window:
+    def see(self, step: Computed) -> bool:
+        """Whether no more layers may wait."""
+        if "window_queries" in self.layers.method.needs:
             self.queries.append(step.q[self.work.window_rows])
-        if self.where is not None:
-            self.steps.append(step)
-
-    def compress(self, layers: LayerCompressor | LayerTransformer) -> None:
         if self.where is None:
-            layers.stored_all(self.work, self.queries)
-        else:
-            layers.packed_all(self.work, self.where, self.steps, self.queries)
+            return False
+        self.most = self.most or self.layers.waiting(self.work, step)
+        self.steps.append(step)
+        return len(self.steps) == self.most
+
+    def compress(self) -> None:
+        if self.where is None:
+            self.layers.stored_all(self.work, self.queries)
+        elif self.steps:
+            part = range(self.done, self.done + len(self.steps))
+            self.layers.packed_all(part, self.work, self.where, self.steps, self.queries)
+            self.queries, self.steps, self.done = [], [], part.stop
 
 
 class InlineCompressor:
     """Compresses inside a prefill step, all sequences of the step at once.
 
     A context that starts and ends in the step is compressed out of the step's own keys and values, one that was begun
-    earlier out of its pages: layer by layer, right behind the attention, or in a few launches when all layers are
-    there, in small steps and out of pages. With a `stream` of its own everything goes layer by layer, beside the next
-    layers' prefill: it reads what nobody writes any more and writes pages nobody reads yet. `finish` joins the streams
-    at the step's end.
+    earlier out of its pages: layer by layer, right behind the attention, or many layers in one launch, in small steps
+    and out of pages. With a `stream` of its own everything goes layer by layer, beside the next layers' prefill: it
+    reads what nobody writes any more and writes pages nobody reads yet. `finish` joins the streams at the step's end.
     """
 
     def __init__(
@@ -152,12 +159,12 @@ class InlineCompressor:
             own.append((self._work(step, host, group), where))
         late, self._works = (paged, []) if self.stream is None else ([], paged)
         (late if self._waits(step, rows) else self._works).extend(own)
-        self._late = [_Late(work, where) for work, where in late]
+        self._late = [_Late(self.layers, work, where) for work, where in late]
         return bool(rows)
 
     def _waits(self, step: Step, rows: list[int]) -> bool:
-        """Whether a small step's contexts wait for all layers: on the main stream, where to the method they are all
-        the same and no head has a budget of its own."""
+        """Whether layers of a small step's contexts wait for each other: on the main stream, where to the method they
+        are all the same and no head has a budget of its own."""
         plain = all(self.layout(step.chunks[row].seq.request.compress_at) is None for row in rows)
         return plain and self.stream is None and self.layers.merges_layers and step.num_tokens <= SMALL_STEP
 
@@ -180,7 +187,8 @@ class InlineCompressor:
         lse: the backend's."""
         step = Computed(q, k, v, lse, self.states.latest if self.states is not None else None)
         for late in self._late:
-            late.see(step, "window_queries" in self.method.needs)
+            if late.see(step):
+                self._measured(late.compress)
         if self.stream is None:
             if self._works:
                 self._measured(lambda: self._compress(layer, step))
@@ -202,7 +210,7 @@ class InlineCompressor:
         """Steps after this one read the fresh pages and reuse the old ones: order them behind the copies."""
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             if self._late:
-                self._measured(lambda: [late.compress(self.layers) for late in self._late])
+                self._measured(lambda: [late.compress() for late in self._late])
             for work in (*(work for work, _ in self._works), *(late.work for late in self._late)):
                 if work.shared is not None:
                     work.shared.publish(self.table)

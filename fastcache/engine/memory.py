@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fastcache.compression.base import budget
+from fastcache.compression.layer import WAITING_BYTES
 from fastcache.config import EngineConfig
+from fastcache.engine.compressor import SMALL_STEP
 from fastcache.errors import OutOfPages
 from fastcache.kvcache.pool import KVShape
 from fastcache.kvcache.slots import pages_for
@@ -85,10 +87,17 @@ def _cuda_bytes(
 ) -> int:
     peak = _peak_activation_bytes(model, tokens_per_step, config.max_num_seqs, device)
     if config.compression is not None:
-        peak += COMPRESSION_COPIES * tokens_per_step * shape.layer_bytes
+        peak = with_compression(peak, tokens_per_step, shape)
     free, total = torch.cuda.mem_get_info(device)
     in_use = total - free
     return int(total * config.gpu_memory_utilization) - in_use - peak - CUDA_RESERVE_BYTES
+
+
+def with_compression(peak: int, tokens: int, shape: KVShape) -> int:
+    """What a step takes that compresses what it prefills: a full one, layer by layer, or a small one, whose layers wait
+    for each other. peak: of a full step of `tokens` without compression."""
+    full = peak + COMPRESSION_COPIES * tokens * shape.layer_bytes
+    return max(full, peak * min(tokens, SMALL_STEP) // tokens + WAITING_BYTES)
 
 
 @torch.inference_mode()

@@ -241,6 +241,97 @@ def test_direct_compression_gives_the_tokens_of_compression_out_of_pages(folder,
     assert tokens(folder, method, max_num_batched_tokens=130) == want
 
 
+WATCHING = ["expected_attention", "expected_attention_eps", "h2o", "observed_attention"]
+
+
+@pytest.mark.parametrize("method", [*WATCHING, "snapkv"])
+def test_a_small_step_compressed_at_once_gives_the_tokens_of_layer_by_layer(folder, method, monkeypatch):
+    """In one part, in parts of two layers, and without waiting. What watches all queries has no way out of pages."""
+    from fastcache.compression import layer
+    from fastcache.engine import compressor
+
+    want = tokens(folder, method)
+    assert tokens(folder, method, enable_prefix_caching=True) == want
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.LayerCompressor, "waiting", lambda self, work, step: 2)
+        assert tokens(folder, method) == want
+    monkeypatch.setattr(compressor, "SMALL_STEP", 0)
+    assert tokens(folder, method) == want
+
+
+def small_step(name, dtype, layers, lengths=(1536, 900, 1100, 800), heads=32, kv_heads=8, size=128):
+    """A compressor, its work, and a step of `layers` layers of Qwen3-8B whose first row is somebody else's."""
+    import numpy as np
+
+    from fastcache.compression.layer import LayerCompressor
+    from fastcache.compression.registry import create
+    from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables
+    from fastcache.config import CompressionConfig
+    from fastcache.kvcache.pool import KVPool, KVShape
+    from fastcache.models.config import RopeConfig
+    from fastcache.models.rope import inverse_frequencies, rotary_table
+
+    torch.manual_seed(5)
+    rope, kept = RopeConfig(1e6), [n // 5 for n in lengths]
+    rotation = Rotation(rotary_table(rope, size, 2048, CUDA), inverse_frequencies(rope, size).to(CUDA))
+    numbers = iter(range(1, 200))
+    fresh = page_tables([[next(numbers) for _ in range(-(-n // 16))] for n in kept])
+    made = LayerCompressor(
+        create(CompressionConfig(method=name)),
+        KVPool(KVShape(layers, kv_heads, size, dtype), 200, 16, CUDA),
+        layers,
+        rotation,
+    )
+    empty = np.zeros((len(lengths), 1), np.int32)
+    work = Work.of(empty, fresh, lengths, kept, None, CUDA, [None] * len(lengths))
+    where = Packed.of(1 + np.cumsum([0, *lengths[:-1]]), np.array(lengths), CUDA)
+    steps = []
+    for _ in range(layers):
+        qkv = torch.randn(1 + sum(lengths), heads + 2 * kv_heads, size, device=CUDA)
+        qkv += torch.randn(heads + 2 * kv_heads, size, device=CUDA)
+        steps.append(Computed(*qkv.to(dtype).split([heads, kv_heads, kv_heads], dim=1), None))
+    return made, work, where, steps
+
+
+@pytest.mark.parametrize("name", WATCHING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_at_once_keep_what_each_keeps_within_the_memory_allowed(name, dtype, monkeypatch):
+    """As many layers as may wait. A covariance is summed in fewer parts then: what ties at the cut may differ."""
+    from fastcache.compression import layer
+
+    made, work, where, steps = small_step(name, dtype, 6)
+    layers = min(made.waiting(work, steps[0]), len(steps))
+    assert layers >= 2
+    found, original = [], layer.LayerCompressor._kept
+
+    def noting(self, *given):
+        heads, kept = original(self, *given)
+        found.append(kept)
+        return heads, kept
+
+    monkeypatch.setattr(layer.LayerCompressor, "_kept", noting)
+    for number, step in enumerate(steps[:layers]):
+        made.packed(number, work, where, step, None)
+    alone = torch.cat(found).flatten(0, 1).tolist()
+    stored = made.pool.keys.clone(), made.pool.values.clone()
+    found.clear()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made.packed_all(range(layers), work, where, steps[:layers], [])
+    held = sum(x.nbytes for step in steps[:layers] for x in step.tensors)
+    assert torch.cuda.max_memory_allocated() - before + held <= 1.1 * layer.WAITING_BYTES
+    together = found[0].flatten(0, 1).tolist()
+    differ = sum(len(set(one) - set(other)) for one, other in zip(alone, together, strict=True))
+    assert differ <= (
+        1e-3 * layers * 8 * int(work.budgets.sum()) if "query_stats" in made.method.needs else 0
+    )
+    if not differ:
+        for one, other in zip(stored, (made.pool.keys, made.pool.values), strict=True):
+            table = work.fresh[:, : int(work.budgets.min()) // 16].long()  # pages that every context fills
+            assert torch.equal(one[:layers, table], other[:layers, table])
+
+
 @pytest.mark.parametrize("method", ["snapkv", "knorm"])
 def test_flashinfer_compresses_mixed_steps(folder, method):
     """bfloat16, so flashinfer attends: questions behind compressed contexts beside contexts that start."""

@@ -225,6 +225,42 @@ def test_methods_that_watch_all_queries_equal_the_oracle(tiny_model, method, arc
         assert output.token_ids == other.token_ids == decode(model, cache, first, len(prompt), count)
 
 
+@pytest.mark.parametrize(
+    "method", ["expected_attention", "expected_attention_eps", "h2o", "observed_attention", "snapkv"]
+)
+def test_layers_of_small_steps_are_compressed_at_once_as_memory_allows(tiny_model, monkeypatch, method):
+    """All in one part, two at a time, each alone and without waiting: the same tokens. Steps hold riders too."""
+    from fastcache.compression import layer
+    from fastcache.engine import compressor
+
+    folder = tiny_model("qwen3", 8, 2, 16, 48, 3, False)
+    prompts, parts = prompts_of([90, 133, 80, 75, 140], seed=4), []
+    packed_all, waiting = layer.LayerCompressor.packed_all, layer.LayerCompressor.waiting
+
+    def noting(self, layers, *given):
+        parts.append((layers.start, layers.stop))
+        packed_all(self, layers, *given)
+
+    monkeypatch.setattr(layer.LayerCompressor, "packed_all", noting)
+
+    def tokens():
+        parts.clear()
+        compression = {"method": method, "compression_ratio": 0.1 if method == "snapkv" else 0.7}
+        options = {"policy": "dynamic", "max_num_batched_tokens": 230, "compression": compression}
+        llm, outputs = run(folder, prompts, 12, max_num_seqs=3, **options)
+        assert llm.stats().compressed_sequences == len(prompts)
+        return [o.token_ids for o in outputs], set(parts)
+
+    want, whole = tokens()
+    assert whole == {(0, 3)}
+    for most, expected in ((2, {(0, 2), (2, 3)}), (1, {(0, 1), (1, 2), (2, 3)})):
+        monkeypatch.setattr(layer.LayerCompressor, "waiting", lambda self, work, step, most=most: most)
+        assert tokens() == (want, expected)
+    monkeypatch.setattr(layer.LayerCompressor, "waiting", waiting)
+    monkeypatch.setattr(compressor, "SMALL_STEP", 0)
+    assert tokens() == (want, set())
+
+
 def test_a_context_longer_than_a_step_is_refused_where_all_queries_are_watched(tiny_model):
     folder = tiny_model("qwen3", 8, 2, 16, 48, 3, False)
     options = {"device": "cpu", "num_pages": 100, "max_num_batched_tokens": 64}

@@ -1,7 +1,8 @@
 """What test_compression_kernels.py runs under the interpreter: contexts compressed out of their pages.
 
 Triton's way (keys gathered, kept entries copied from page to page) against torch's, for methods of every need, and
-against the same contexts compressed out of a step's packed keys and values.
+against the same contexts compressed out of a step's packed keys and values. Methods that watch all queries have no
+other way than that one: there layers at once against layer by layer.
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ import kernel_cases  # makes the interpreter take a loop's bound from newer nump
 import numpy as np
 import torch
 
-from fastcache.compression import kernels, repack, repack_heads_triton, repack_triton
+from fastcache.compression import (
+    expected_attention_triton,
+    kernels,
+    observe,
+    observe_triton,
+    repack,
+    repack_heads_triton,
+    repack_triton,
+)
 from fastcache.compression import layer as by_layer
 from fastcache.compression.layer import LayerCompressor
 from fastcache.compression.registry import create
-from fastcache.compression.work import Computed, Packed, Work, page_tables
+from fastcache.compression.work import Computed, Packed, Rotation, Work, page_tables
 from fastcache.config import CompressionConfig
 from fastcache.kvcache import gather_triton, pool
 from fastcache.kvcache.head_layout import HeadLayout, HeadRows, upload_layouts
 from fastcache.kvcache.pool import KVPool, KVShape
+from fastcache.models.config import RopeConfig
+from fastcache.models.rope import inverse_frequencies, rotary_table
 
 CPU, LAYERS, PAGE = torch.device("cpu"), 2, 4
 # What each needs: nothing, keys, keys and window queries (of 8 and of 1), replay scores; values too, below.
@@ -149,7 +160,7 @@ def at_once(method, work, queries, stored):
     for layer, step in enumerate(steps):
         one.packed(layer, work, where, step, queries)
     for each in many:
-        each.packed_all(work, where, steps, of_all)
+        each.packed_all(range(LAYERS), work, where, steps, of_all)
         for row, budget in enumerate(KEPT):  # the rest of a last page is nobody's
             page, used = int(work.fresh[row, (budget - 1) // PAGE]), (budget - 1) % PAGE + 1
             for x, y in ((each.pool.keys, one.pool.keys), (each.pool.values, one.pool.values)):
@@ -175,6 +186,70 @@ def packed(method, work, layer, stored, queries, fast):
     return other
 
 
+def watching(name, lengths, given, heads=6, kv_heads=2, size=16):
+    """All layers of a step at once, or in parts, keep the sets that each keeps alone. given: softmax statistics."""
+    rope, before, kept = RopeConfig(1e4), 3, [n // 3 + 5 for n in lengths]  # rows of others come first
+    rotation = Rotation(rotary_table(rope, size, 200, CPU), inverse_frequencies(rope, size))
+    method, rows = create(CompressionConfig(method=name)), before + sum(lengths)
+    fresh = tables([-(-n // PAGE) for n in kept])
+    work = Work.of(
+        np.zeros((len(lengths), 1), np.int32), fresh, lengths, kept, None, CPU, [None] * len(lengths)
+    )
+    where = Packed.of(before + np.cumsum([0, *lengths[:-1]]), np.array(lengths), CPU)
+    steps = []
+    for _ in range(LAYERS):
+        q, k, v = torch.randn(rows, heads + 2 * kv_heads, size).split([heads, kv_heads, kv_heads], dim=1)
+        lse = torch.rand(rows, heads) if given else None  # whatever it is, a layer must get its own
+        steps.append(Computed(q, k, v, lse))
+    for fast in (False, True):
+        one, whole, apart = (
+            LayerCompressor(
+                method, KVPool(KVShape(LAYERS, kv_heads, size, q.dtype), 60, PAGE, CPU), LAYERS, rotation
+            )
+            for _ in range(3)
+        )
+        for each in (one, whole, apart):
+            each.kernels = kernels.triton_kernels() if fast else kernels.TORCH
+        for layer, step in enumerate(steps):
+            one.packed(layer, work, where, step, None)
+            apart.packed_all(range(layer, layer + 1), work, where, [step], [])
+        whole.packed_all(range(LAYERS), work, where, steps, [])
+        for each in (whole, apart):
+            for row, budget in enumerate(kept):
+                for x, y in ((each.pool.keys, one.pool.keys), (each.pool.values, one.pool.values)):
+                    read = [
+                        z[:, work.fresh[row].long()].transpose(1, 2).flatten(2, 3)[:, :, :budget]
+                        for z in (x, y)
+                    ]
+                    assert read[1].any() and torch.equal(*read), (name, fast)
+
+
+def as_many_wait_as_memory_allows():
+    """What a layer computes, what is read of it in a row and padded, and what the method makes of it."""
+    lengths, heads, kv_heads, size = [40, 30], 6, 2, 16
+    stored = KVPool(KVShape(LAYERS, kv_heads, size, torch.float32), 30, PAGE, CPU)
+    work = Work.of(*np.zeros((2, 2, 1), np.int32), lengths, [9, 9], None, CPU, [None, None])
+    step = Computed(torch.empty(70, heads, size), *torch.empty(2, 70, kv_heads, size), torch.empty(70, heads))
+    _, cov = observe.query_statistics(
+        torch.zeros(2, heads, 40, size), work.lengths, torch.zeros(40, 2, size // 2), 4
+    )
+    extra = {
+        "knorm": 0,
+        "expected_attention": 2 * cov.nbytes,
+        "h2o": 2 * torch.empty(2, heads, 40, 40).nbytes,
+    }
+    for name, bytes_more in extra.items():
+        made = LayerCompressor(create(CompressionConfig(method=name)), stored, LAYERS, None)
+        read = (step.k, step.v) if name == "knorm" else step.tensors
+        each = (
+            sum(x.nbytes for x in step.tensors) + sum(x.nbytes + 80 * x[0].nbytes for x in read) + bytes_more
+        )
+        whole = by_layer.WAITING_BYTES
+        for by_layer.WAITING_BYTES, count in ((5 * each, 5), (5 * each - 1, 4), (each // 2, 1)):
+            assert made.waiting(work, step) == count, name
+        by_layer.WAITING_BYTES = whole
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValueNorm(kernel_cases.base.EvictionMethod):
     """No method in the registry that can be read back from pages needs values; this one does."""
@@ -196,3 +271,11 @@ if __name__ == "__main__":
     for group in (1, 3):
         compress(create(CompressionConfig(method="snapkv", params={"window": 8})), group)
     compress(ValueNorm(), 1)
+    expected_attention_triton.PROGRAMS = observe_triton.PROGRAMS = (
+        24  # two to a head, or one where layers merge
+    )
+    watching("expected_attention", [33, 33], given=False)
+    watching("expected_attention_eps", [40, 31], given=False)
+    watching("h2o", [40, 31], given=True)
+    watching("observed_attention", [33, 33], given=False)
+    as_many_wait_as_memory_allows()

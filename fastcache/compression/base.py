@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -55,12 +56,12 @@ class LayerKV:
     ratings: Tensor | None = None  # (B, Hk, T) float32: what the method made of each token's hidden state
     inv_freq: Tensor | None = None  # (d / 2,) float32: rotary frequencies, given with query statistics
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """(T,) int64: 0, 1, ..., T - 1."""
         return torch.arange(self.keys.shape[2], device=self.keys.device)
 
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         """(B, 1, T) bool: False on padding."""
         return self.positions < self.lengths[:, None, None]

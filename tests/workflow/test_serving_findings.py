@@ -177,9 +177,10 @@ def test_a_sustained_rate_that_is_missed_shows_the_rate_that_broke_it():
 
 def test_a_rate_that_nothing_sustains_is_a_miss():
     found = by_name([late("dynamic", 40, 2.5, 260), row("dynamic", 40, 0.1, 1900, setting="full")])
-    assert (
-        found[RATE].ours == 0.0 and found[RATE].verdict == "missed" and "p99 TTFT 7.5 s" in found[RATE].reason
-    )
+    assert found[RATE].ours == 0.0 and found[RATE].verdict == "missed"
+    assert "p99 TTFT 7.5 s" in found[RATE].reason
+    mute = late("dynamic", 40, 2.5, 0.1, tpot_s=None, token_gap_s=None)  # nobody got a second token
+    assert "a token every (unknown)" in by_name([mute])[RATE].reason
 
 
 def test_what_a_short_window_flatters_is_said():

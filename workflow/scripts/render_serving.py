@@ -50,10 +50,12 @@ def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figu
 
 
 def notes(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Each note, with the rows that carry it."""
+    """Each note, with the rows that carry it; of several commits, which row is whose."""
     found: dict[str, list[str]] = {}
+    several = len({row["git_commit"] for row in rows}) > 1
     for row in rows:
-        for note in row["notes"] or ():
+        own = [f"measured at commit {row['git_commit']}"] if several else []
+        for note in [*own, *(row["notes"] or ())]:
             found.setdefault(note, []).append(row["row_id"])
     return found
 

@@ -30,12 +30,17 @@ def prompt_seconds(row: Row) -> float:
     return share * row["elapsed_s"] / row["requests"]
 
 
+def millis(spread: dict[str, float] | None, which: str) -> str:
+    """One number of a distribution, which is None where no request got that far."""
+    return f"{1e3 * spread[which]:.1f} ms" if spread else "(unknown)"
+
+
 def decoding(row: Row) -> str:
     """How many sequences share a decode step, and how long one takes."""
     counts = [sample["running"] for sample in row["pages_over_time"]]
-    gap = 1e3 * row["token_gap_s"]["p50"]
+    mean = sum(counts) / max(1, len(counts))
     return (
-        f"{name(row)} decodes {sum(counts) / len(counts):.1f} sequences at once, a token every {gap:.1f} ms"
+        f"{name(row)} decodes {mean:.1f} sequences at once, a token every {millis(row['token_gap_s'], 'p50')}"
     )
 
 
@@ -116,7 +121,7 @@ def no_limit(ours: Row, full: Row) -> str:
     def side(row: Row) -> str:
         taken, kv = prompt_seconds(row), row["mean_kv_bytes"] / 2**30
         return (
-            f"{row['output_tok_s']:,.0f} generated tok/s, mean TPOT {1e3 * row['tpot_s']['mean']:.1f} ms, "
+            f"{row['output_tok_s']:,.0f} generated tok/s, mean TPOT {millis(row['tpot_s'], 'mean')}, "
             f"{row['finished']} of {row['requests']} requests finished in time, {kv:.1f} GiB of KV on average, at most "
             f"{pool(row):.0%} of the pool, {1e3 * taken:.1f} ms of steps with prompts for each, enough for "
             f"{1 / max(taken, 1e-9):.0f} per second"
@@ -160,7 +165,7 @@ def sustained(last: Row, failed: Row | None) -> str:
     late, most, used = failed["ttft_s"]["p99"], failed["peak_running"], pool(failed)
     return (
         f"{shares(failed)}; p99 TTFT {late:.1f} s, at most {most} requests at once, {used:.0%} of the KV pool, "
-        f"a token every {1e3 * failed['token_gap_s']['p50']:.1f} ms (median)."
+        f"a token every {millis(failed['token_gap_s'], 'p50')} (median)."
     )
 
 

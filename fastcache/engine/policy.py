@@ -110,9 +110,9 @@ TIGHT = "no mixed step is within the bound on TPOT: the smallest"
 def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
     """Whether to compress this request's context, and where."""
     known = {place: costs.exposed[place] for place in limits.places if place in costs.exposed}
-    if costs.decode_fixed_s is None or costs.decode_s_per_byte is None or not known:
-        return Decision(True, limits.places[0], NOT_MEASURED)
     place = cheapest(costs, limits)
+    if costs.decode_fixed_s is None or costs.decode_s_per_byte is None or place is None:
+        return Decision(True, limits.places[0], NOT_MEASURED)
     predicted = {"whole": _decode_s(costs, load, limits, load.context)}
     kept = _decode_s(costs, load, limits, load.kept)
     predicted |= {name: load.context * seconds + kept for name, seconds in known.items()}
@@ -122,12 +122,13 @@ def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
 
 
 def cheapest(costs: Costs, limits: Limits) -> str | None:
-    """The place that adds least to the main stream; None if none was measured. The fixed choice stays unless another
-    is better by more than the times of two equal steps differ."""
+    """The place that adds least to the main stream. The fixed choice stays unless another is better by more than the
+    times of two equal steps differ; None while the fixed one was not measured, which no other can be held against."""
     known = {place: costs.exposed[place] for place in limits.places if place in costs.exposed}
-    if not known:
+    first = limits.places[0] if limits.places else None
+    if first not in known:
         return None
-    best, first = min(known, key=known.__getitem__), next(iter(known))
+    best = min(known, key=known.__getitem__)
     margin = PLACE_MARGIN * (costs.prefill_s_per_token or 0.0)
     return best if known[first] - known[best] > margin else first
 

@@ -14,6 +14,7 @@ from fastcache.core import Sequence, Step
 from fastcache.engine.observed import TRIALS, Observed
 from fastcache.engine.policy import (
     AFTER,
+    BESIDE,
     NOT_MEASURED,
     PLACE_MARGIN,
     Balance,
@@ -101,13 +102,16 @@ class Tuner:
 
     def _untried_place(self) -> str | None:
         """The fixed place first. Where that costs next to nothing, no other can be clearly better; and one that was
-        seen to cost clearly more is not tried again."""
+        seen to cost clearly more is not tried again. What runs beside a prefill is told from one seen alone."""
         costs, seen, places = self.observed.costs, self.observed.exposed, self.limits.places
         known = costs.exposed.get(places[0]) if places else None
         if known is not None:
             clear = PLACE_MARGIN * (costs.prefill_s_per_token or 0.0)
             others = places[1:] if known > clear else ()
             places = tuple(n for n in others if not seen[n].count or seen[n].value <= known + clear)
+        elif costs.prefill_s_per_token is None:
+            alone = (n for n in places if not n.startswith(BESIDE) and self._trials[n] < MOST_TRIALS)
+            return next(alone, self._untried(places, seen))
         return self._untried(places, seen)
 
     def turns(self, load: Load) -> tuple[Turn, ...]:

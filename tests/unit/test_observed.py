@@ -8,6 +8,7 @@ from fastcache.config import SamplingParams
 from fastcache.core import Chunk, Request, Sequence, Step
 from fastcache.engine.observed import Observed
 from fastcache.engine.policy import Limits
+from fastcache.engine.tuner import CHEAPEST, FIXED_IS_BEST, Tuner
 
 PER_TOKEN, FIXED = 2e-5, 0.006
 
@@ -59,3 +60,29 @@ def test_a_step_that_the_host_held_up_says_nothing(observed):
     before = observed.costs
     observed.observe(decode(), 1.0, 0.0, False)
     assert observed.costs == before
+
+
+@pytest.mark.parametrize(("after_s", "wanted"), [(6e-6, "beside:32"), (1e-7, "after:32")])
+def test_where_a_split_binds_both_of_its_places_are_priced_before_one_is_chosen(after_s, wanted):
+    """What runs beside a prefill cannot be told from it until one was seen alone, as it is where compression comes
+    after. As many rounds as a benchmark's warm-up has."""
+    tuner = Tuner(Limits(64, 10**12, 1, ("beside:32", "after:32")), 1e18)
+    tuner.freely = True
+    tokens, beside_s = 2000, 2e-6
+    for _ in range(10):
+        place = tuner.place()
+        later = place == "after:32"
+        chunk = Chunk(seq(tokens), 0, 0, tokens, sample=True, kept=0 if later else 400, defer=later)
+        step = Step((chunk,), decode=False, place=place)
+        tuner.taken(step)
+        tuner.observe(step, tokens * (PER_TOKEN if later else PER_TOKEN + beside_s), 0.0, False)
+        if later:
+            tuner.observed.waited(tokens * after_s)
+            tuner.observed.job_done(tokens)
+        for _ in range(4):
+            tuner.observe(decode(), FIXED, 0.0, False)
+    assert tuner.measured
+    assert tuner.observed.costs.exposed == pytest.approx(
+        {"beside:32": beside_s, "after:32": after_s}, rel=0.05
+    )
+    assert tuner._place() == (wanted, FIXED_IS_BEST if wanted == "beside:32" else CHEAPEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,11 @@ def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figu
 
 
 def notes(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Each note, with the rows that carry it; of several commits, which row is whose."""
+    """Each note, with the rows that carry it; a row of another commit than most has that as a note."""
     found: dict[str, list[str]] = {}
-    several = len({row["git_commit"] for row in rows}) > 1
+    ((usual, _),) = Counter(row["git_commit"] for row in rows).most_common(1)
     for row in rows:
-        own = [f"measured at commit {row['git_commit']}"] if several else []
+        own = [f"measured at commit {row['git_commit']}"] if row["git_commit"] != usual else []
         for note in [*own, *(row["notes"] or ())]:
             found.setdefault(note, []).append(row["row_id"])
     return found

@@ -16,7 +16,7 @@ from fastcache.config import SamplingParams
 # more sizes follow, and only a whole round meets them all.
 CPU_WARMUP_TOKENS, GPU_WARMUP_TOKENS = 16, 3
 # Rounds that a tuned engine may take at most to measure its costs, which part of a batch they run, and how many tokens.
-MEASURING_ROUNDS, MEASURING_SHARE, MEASURING_TOKENS = 8, 4, 4
+MEASURING_ROUNDS, MEASURING_SHARE, MEASURING_TOKENS = 16, 4, 4
 
 
 def start_to_first_token(llm: Any) -> float | None:

@@ -68,7 +68,8 @@ class Tuner:
     # -- decisions ---------------------------------------------------------------------------------------------
 
     def admit(self, seq: Sequence, kept: int, sharing: int) -> Decision | None:
-        """Decide about a request that would be admitted next. None: nothing to compress."""
+        """Decide about a request that would be admitted next. None: nothing to compress. While trying is free, a place
+        without a price is tried even with what compression does not pay for, as the few tokens of a warm-up."""
         self._request = None
         if not kept:
             return None
@@ -78,6 +79,8 @@ class Tuner:
             context, kept, seq.num_tokens - context, request.sampling.max_tokens - seq.num_sampled, sharing
         )
         decision = decide(self.observed.costs, load, self.limits)
+        if not decision.compress and self.freely and self._untried_place() is not None:
+            decision = dataclasses.replace(decision, compress=True, reason=TRIED)
         seq.leave_whole = not decision.compress
         choice = "compressed" if decision.compress else "whole"
         self._request = ("compression", choice, decision.reason), load, decision

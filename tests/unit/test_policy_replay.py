@@ -11,6 +11,7 @@ import pytest
 from device_model import Ask, Engine, h100, recorded, rows_of, tuner
 
 from fastcache.bench.metrics import percentile
+from fastcache.bench.rounds import MEASURING_ROUNDS, MEASURING_SHARE, MEASURING_TOKENS
 from fastcache.engine.policy import GAIN, INLINE, NO_GAIN, PAYS, PROMPTS_FIRST, TOO_DEAR
 from fastcache.engine.tuner import TRIED
 
@@ -35,10 +36,12 @@ def warm(engine: Engine, asked: list[Ask], output: int | None) -> None:
     """As `bench.rounds.warm_up` does: a round of a few tokens, or a whole one, then parts until all is measured."""
     engine.tuner.freely = True
     engine.run([Ask(ask.context, output or ask.output) for ask in asked])
-    for _ in range(8):
+    for _ in range(MEASURING_ROUNDS):
         if engine.tuner.measured:
             break
-        engine.run([Ask(ask.context, 4) for ask in asked[: len(asked) // 4]])
+        engine.run(
+            [Ask(ask.context, MEASURING_TOKENS) for ask in asked[: max(1, len(asked) // MEASURING_SHARE)]]
+        )
     engine.tuner.freely = False
     engine.tuner.reset()
 
@@ -89,15 +92,17 @@ def test_what_ends_together_is_not_broken_up_by_trying(overhead):
     assert speed(tuned, asked) > 0.985 * speed(Engine(h100(mixed_s=overhead)), asked)
 
 
-def test_a_warm_up_leaves_nothing_to_try_in_what_is_timed():
+@pytest.mark.parametrize(("count", "context"), [(64, 3968), (16, 2048), (4, 1024), (2, 2048)])
+def test_a_warm_up_leaves_nothing_to_try_in_what_is_timed(count, context):
+    """Nor where its few tokens would not pay for the compression that is to be measured."""
     beside = {
         place: seconds for place, seconds in side_streams().items() if place in ("beside:16", "beside:8")
     }
-    asked = closed(64, 3968, 128)
-    tuned = Engine(h100(beside=beside), tuned=tuner(64, places=(INLINE, *beside)))
+    asked = closed(count, context, 128)
+    tuned = Engine(h100(beside=beside), count, tuned=tuner(count, places=(INLINE, *beside)))
     warm(tuned, asked, 3)
     assert tuned.tuner.measured
-    assert speed(tuned, asked) > 0.995 * speed(Engine(h100()), asked)
+    assert speed(tuned, asked) > 0.995 * speed(Engine(h100(), count), asked)
     assert all(d["reason"] != TRIED for d in tuned.tuner.report()["decisions"])
 
 

@@ -237,7 +237,8 @@ def test_the_ceilings_come_first_and_the_shares_follow_from_counted_work():
     row, llm = measured(cell("baseline"))
     assert (row["ceiling_copy_bytes_s"], row["ceiling_gemm_flop_s"]) == (1e9, 2e9)
     layers = 2 * 8 * ((2 * 2 + 2 * 1) * 4 + 3 * 16)
-    per_request = 2 * layers * 40 + 4 * 2 * 4 * 2 * 40 * 40 / 2
+    last = 8 * (2 * 4 + 3 * 16)  # behind the last attention, where one token of a prompt goes on
+    per_request = 2 * ((layers - last) * 40 + last) + 4 * 2 * 4 * 2 * 40 * 40 / 2
     assert row["prefill_mfu"] == pytest.approx(6 * per_request / 0.5 / 2e9)
     entries = 6 * (41 + 42 + 43)  # six requests, three tokens after the first
     read = 6 * step_bytes(llm.model_config, "float32") + 128 * entries

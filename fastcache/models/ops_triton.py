@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcache.kvcache.pool import KVPlace
 from fastcache.models.argmax_triton import argmax
 from fastcache.models.ops import Ops
-from fastcache.models.product_triton import product, product_columns
+from fastcache.models.product_triton import product, takes
 
 HEADS_PER_PROGRAM = 8
 SILU_BLOCK = 2048
@@ -132,16 +132,14 @@ class TritonOps(Ops):
         return out
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        columns = product_columns(x, weight)
-        if columns is None:
+        if not takes(x, weight):
             return F.linear(x, weight, bias)
-        out = product(x, weight, columns)
+        out = product(x, weight)
         return out if bias is None else out.add_(bias)
 
     def project_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """The product's kernel adds what is there already, so the sum costs no pass over memory, and rounds once."""
-        columns = product_columns(x, weight)
-        total = residual.addmm_(x, weight.t()) if columns is None else product(x, weight, columns, residual)
+        total = residual.addmm_(x, weight.t())
         return total if bias is None else total.add_(bias)
 
     def argmax(self, logits: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """x W^T for the few rows of a decode step, as a Triton kernel: what counts is that the weights stream in.
 
 A program multiplies all rows with a block of the weight's rows, which the copy engine brings in several tiles ahead.
-It is used where such blocks fill the multiprocessors in whole turns, and left to the library elsewhere, which is faster
-there. `bench/decode_products.py` measures both beside the time that reading the weights takes.
+It is used where such blocks fill the multiprocessors in whole turns, as those of gate and up do; elsewhere, and where a
+residual is to be added, the library is as fast. `bench/decode_products.py` measures both beside the time that reading
+the weights takes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Rows that one tile of the tensor cores takes. With half as many the library has kernels of its own.
 FEWEST, MOST = 33, 64
-BLOCK_K = 128
-STAGES = {64: 4, 32: 5}  # by the weight rows of a block: what fits into shared memory
+# Weight rows and depth of a tile. Narrower blocks, for weights of few rows, gain nothing over the library.
+BLOCK_N, BLOCK_K = 64, 128
 # Of the last turn's multiprocessors so many may idle.
 LEAST_FULL = 0.95
 COPY_ENGINE = (9, 0)  # compute capability from which tiles are copied by hardware
@@ -27,7 +28,7 @@ COPY_ENGINE = (9, 0)  # compute capability from which tiles are copied by hardwa
 @triton.jit
 def _product_kernel(
     x, weight, out_ptr, rows, columns, depth,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -35,46 +36,39 @@ def _product_kernel(
         total = tl.dot(x.load([0, k]), tl.trans(weight.load([first, k])), total)
     row = tl.arange(0, BLOCK_M)[:, None]
     place = row * columns + first + tl.arange(0, BLOCK_N)[None, :]
-    if ADD:
-        total += tl.load(out_ptr + place, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
-def product_columns(x: Tensor, weight: Tensor) -> int | None:
-    """Weight rows per program, or None where the library is to multiply. x (T, k), weight (n, k)."""
-    if not FEWEST <= x.shape[0] <= MOST or x.dtype.itemsize != 2 or not x.is_contiguous():
-        return None
-    return _columns(*weight.shape, x.device)
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is to multiply, and not the library. x (T, k), weight (n, k)."""
+    small = FEWEST <= x.shape[0] <= MOST and x.dtype.itemsize == 2 and x.is_contiguous()
+    return small and _fits(*weight.shape, x.device)
 
 
 @functools.cache
-def _columns(columns: int, depth: int, device: torch.device) -> int | None:
+def _fits(columns: int, depth: int, device: torch.device) -> bool:
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < COPY_ENGINE or depth % BLOCK_K:
-        return None
+        return False
     return whole_turns(columns, properties.multi_processor_count)
 
 
-def whole_turns(columns: int, processors: int) -> int | None:
-    """The largest block of columns that gives all processors work to the end."""
-    for block in STAGES:
-        blocks = columns // block
-        if columns % block == 0 and blocks >= LEAST_FULL * processors * -(-blocks // processors):
-            return block
-    return None
+def whole_turns(columns: int, processors: int) -> bool:
+    """Whether blocks of columns give all processors work to the end."""
+    blocks = columns // BLOCK_N
+    return columns % BLOCK_N == 0 and blocks >= LEAST_FULL * processors * -(-blocks // processors)
 
 
-def product(x: Tensor, weight: Tensor, columns: int, residual: Tensor | None = None) -> Tensor:
-    """(T, n), sums in float32; added to `residual` in place where it is given. columns: from `product_columns`."""
-    rows, depth = x.shape
-    out = x.new_empty(rows, weight.shape[0]) if residual is None else residual
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """(T, n), sums in float32."""
+    (rows, depth), columns = x.shape, weight.shape[0]
+    out = x.new_empty(rows, columns)
     tiles = (
         TensorDescriptor.from_tensor(x, [MOST, BLOCK_K]),
-        TensorDescriptor.from_tensor(weight, [columns, BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
     )
-    _product_kernel[(weight.shape[0] // columns,)](
-        *tiles, out, rows, weight.shape[0], depth,
-        ADD=residual is not None, BLOCK_M=MOST, BLOCK_N=columns, BLOCK_K=BLOCK_K,
-        num_warps=4, num_stages=STAGES[columns],
+    _product_kernel[(columns // BLOCK_N,)](
+        *tiles, out, rows, columns, depth,
+        BLOCK_M=MOST, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out

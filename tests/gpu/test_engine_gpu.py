@@ -51,21 +51,20 @@ def test_products_added_to_the_residual_match_the_reference(rows, size, bias):
 
 
 @pytest.mark.parametrize("rows", [33, 40, 64])
-@pytest.mark.parametrize("columns,depth", [(24576, 4096), (4096, 12288)])
+@pytest.mark.parametrize("columns,depth", [(24576, 4096), (8448, 12288)])
 def test_products_of_few_rows_match_float64(rows, columns, depth):
     """Shapes for which an H100 has a kernel of ours; replayed, as a graph of the engine is."""
     from fastcache.models.ops_triton import TritonOps
-    from fastcache.models.product_triton import product_columns
+    from fastcache.models.product_triton import takes
 
-    x, w, r = (
+    x, w = (
         torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-        for shape in ((rows, depth), (columns, depth), (rows, columns))
+        for shape in ((rows, depth), (columns, depth))
     )
     if torch.cuda.get_device_properties(0).multi_processor_count == 132:
-        assert product_columns(x, w) is not None
+        assert takes(x, w)
     want = x.double() @ w.double().t()
     assert relative_error(TritonOps().project(x, w, None), want) < 5e-3
-    assert relative_error(TritonOps().project_add(x, w, None, r.clone()), want + r.double()) < 5e-3
     other = torch.randn_like(x)
     graph, place = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):

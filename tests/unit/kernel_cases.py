@@ -128,18 +128,16 @@ def first_of_the_largest():
 
 
 def few_rows():
-    """Products with the edges of their tiles: fewer rows than a tile, and a residual to add to."""
-    for rows, columns, block in ((64, 96, 32), (37, 128, 64)):
+    """Products with the edges of their tiles: fewer rows than a tile."""
+    for rows, columns in ((64, 64), (37, 192)):
         x, weight = torch.randn(rows, 256).half(), (torch.randn(columns, 256) / 16).half()
-        residual = torch.randn(rows, columns).half()
         want = x.float() @ weight.float().t()
-        assert torch.allclose(product(x, weight, block).float(), want, atol=5e-3)
-        assert torch.allclose(product(x, weight, block, residual.clone()).float(), want + residual, atol=8e-3)
+        assert torch.allclose(product(x, weight).float(), want, atol=5e-3)
 
 
 def whole_turns_alone():
-    """132 processors: 384 and 128 blocks nearly fill three turns and one; 192 would leave 72 of 264 places idle."""
-    assert [whole_turns(n, 132) for n in (24576, 4096, 6144, 5120, 4100)] == [64, 32, None, None, None]
+    """132 processors: 384 blocks nearly fill three turns; 64 and 96 leave many idle in one."""
+    assert [whole_turns(n, 132) for n in (24576, 4096, 6144, 4100)] == [True, False, False, False]
 
 
 if __name__ == "__main__":

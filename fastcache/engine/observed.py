@@ -87,7 +87,7 @@ class Observed:
     def observe(self, step: Step, elapsed_s: float, compression_s: float, under_way: bool) -> float:
         """`elapsed_s`: from this step's launch, or from the end of the step before it if that came later.
         `compression_s`: of its compression in the main stream, where that was timed. `under_way`: compressions
-        ran beside it. Returns how much longer it took than the same work done in the ways known best."""
+        ran beside it. Returns how much longer it took than the same work done in the ways known best; 0 where none is."""
         work = amounts(step, self.limits.bytes_per_token)
         if work.kv_bytes:
             self.kv_bytes = work.kv_bytes
@@ -108,9 +108,10 @@ class Observed:
             self._observe_mixed(work.tokens - step.decode_rows, elapsed_s - compression_s, base)
             lost = elapsed_s - compression_s - base - decode[0]
         else:
+            known = self._prefill.count >= TRIALS
             self._observe_prefill(step, work, elapsed_s, compression_s, base)
             inline = self.costs.exposed.get(self.limits.places[0], 0.0) if work.compressed else 0.0
-            lost = elapsed_s - base - inline * work.compressed
+            lost = elapsed_s - base - inline * work.compressed if known else 0.0
         self._costs = None
         return lost
 

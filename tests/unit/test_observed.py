@@ -62,12 +62,13 @@ def test_a_step_that_the_host_held_up_says_nothing(observed):
     assert observed.costs == before
 
 
+@pytest.mark.parametrize("freely", [True, False])
 @pytest.mark.parametrize(("after_s", "wanted"), [(6e-6, "beside:32"), (1e-7, "after:32")])
-def test_where_a_split_binds_both_of_its_places_are_priced_before_one_is_chosen(after_s, wanted):
+def test_where_a_split_binds_both_of_its_places_are_priced_before_one_is_chosen(after_s, wanted, freely):
     """What runs beside a prefill cannot be told from it until one was seen alone, as it is where compression comes
     after. As many rounds as a benchmark's warm-up has."""
     tuner = Tuner(Limits(64, 10**12, 1, ("beside:32", "after:32")), 1e18)
-    tuner.freely = True
+    tuner.freely = freely
     tokens, beside_s = 2000, 2e-6
     for _ in range(10):
         place = tuner.place()

@@ -69,8 +69,10 @@ def test_what_merging_costs():
     measured = f"`mlp` takes {1e3 * mlp['step_seconds']:.2f} ms, {share['mlp']} of the step's time"
     for page in (PAGE, (ROOT / "docs/llava.md").read_text(encoding="utf-8")):
         assert measured in page and f"bound is {1e3 * mlp['limit_seconds']:.2f} ms" in page
-        assert ("goal 3%: missed" in page) == (mlp["share_of_prefill"] > 0.03)
+        assert ("goal 3%: held" in page) == (mlp["share_of_prefill"] <= 0.03)
     assert f"`snapkv` takes {share['snapkv']}, `streaming_llm` {share['streaming_llm']}" in PAGE
+    old = json.loads((FOLDER / "costs-a608dfb.json").read_text(encoding="utf-8"))["measured"]["mlp"]
+    assert f"it was {1e3 * old['step_seconds']:.2f} ms, {old['share_of_prefill']:.1%}" in PAGE
     full, merged = (row("16 x 2048 + 128", True, *which)["prefill_tok_s"] for which in VARIANTS[:2])
     assert f"with pictures is {1 - merged / full:.1%} slower than the baseline's" in PAGE
 
@@ -89,10 +91,10 @@ def test_where_the_time_of_triad_goes():
     costs = theirs["decisions"]["costs"]
     after, prefill = 1e6 * costs["exposed"]["after:32"], 1e6 * costs["prefill_s_per_token"]
     assert f"{after:.1f} us a token on 32 SMs, where\n  the prefill itself takes {prefill:.1f}" in PAGE
-    inside = json.loads((FOLDER / "costs.json").read_text(encoding="utf-8"))["costs"]["mlp"][
+    inside = json.loads((FOLDER / "costs-a608dfb.json").read_text(encoding="utf-8"))["costs"]["mlp"][
         "seconds_per_token"
     ]
-    assert f"it is the {1e6 * inside:.1f} us of `costs.json`" in PAGE
+    assert f"it is the {1e6 * inside:.1f} us of `costs-a608dfb.json`" in PAGE
 
 
 def test_what_triad_was_given_and_chose():

@@ -87,7 +87,7 @@ class Observed:
     def observe(self, step: Step, elapsed_s: float, compression_s: float, under_way: bool) -> float:
         """`elapsed_s`: from this step's launch, or from the end of the step before it if that came later.
         `compression_s`: of its compression in the main stream, where that was timed. `under_way`: compressions
-        ran beside it. Returns how much longer it took than the same work done in the ways known best; 0 where none is."""
+        ran beside it. Returns how much longer it took than the same work done in the ways known best, 0 without any."""
         work = amounts(step, self.limits.bytes_per_token)
         if work.kv_bytes:
             self.kv_bytes = work.kv_bytes

@@ -23,7 +23,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for i, panel in enumerate(panels):
         for j, (name, title) in enumerate(MEASURES.items()):
             _draw_marks(axes[i][j], compressed[compressed["panel"] == panel], settings, series, name)
-            axes[i][j].set_title(f"{title}\n{panel}")
+            axes[i][j].set_title(f"{title}\n{panel}", wrap=True)
     plotting.legend(fig, series)
     columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
     return fig, compressed[[*columns, *MEASURES]]

@@ -20,9 +20,9 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             mib=lambda rows: rows["peak_kv_bytes"].astype(float) / MIB
         )
         _draw_entries(axes[i][0], part, [s for s in settings if s != BASELINE])
-        axes[i][0].set_title(f"KV entries per request, before and after\n{panel}")
+        axes[i][0].set_title(f"KV entries per request, before and after\n{panel}", wrap=True)
         plotting.draw_points(axes[i][1], part, series, settings, "mib", None)
-        axes[i][1].set_title(f"most KV memory in use\n{panel}")
+        axes[i][1].set_title(f"most KV memory in use\n{panel}", wrap=True)
         axes[i][1].set_ylabel("MiB")
         axes[i][1].set_ylim(bottom=0)
     plotting.legend(fig, series, settings)

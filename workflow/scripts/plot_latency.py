@@ -20,7 +20,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 high=lambda rows, n=name, k=scale: rows[f"{n}_p99"].astype(float) * k,
             )
             plotting.draw_points(axes[i][j], part, series, settings, "low", "high")
-            axes[i][j].set_title(f"{title}\n{panel}")
+            axes[i][j].set_title(f"{title}\n{panel}", wrap=True)
             axes[i][j].set_ylabel(unit)
             axes[i][j].set_ylim(0, axes[i][j].get_ylim()[1] * 1.05)
     plotting.legend(fig, series, settings)

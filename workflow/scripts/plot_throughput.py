@@ -19,7 +19,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for j, setting in enumerate(settings):
             part = cells[(cells["panel"] == panel) & cells["setting"].isin([setting, BASELINE])]
             _draw_bars(axes[i][j], part, series)
-            axes[i][j].set_title(f"{setting}\n{panel}")
+            axes[i][j].set_title(f"{setting}\n{panel}", wrap=True)
             axes[i][j].set_ylabel("tokens / s" if j == 0 else "")
         top = max(ax.get_ylim()[1] for ax in axes[i])
         for ax in axes[i]:

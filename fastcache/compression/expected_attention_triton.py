@@ -23,6 +23,7 @@ from fastcache.compression.expected_attention import ExpectedAttention
 # Three programs fit a multiprocessor of an H100 (registers are capped at what that leaves them, and none spills).
 OPTIONS = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
 WIDE_OPTIONS = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+# Sizes that differ from step to step are not specialised: kernels would be compiled for them while requests wait.
 PROGRAMS = 768  # where there are fewer query heads than this, several programs share the keys of one
 
 
@@ -50,7 +51,7 @@ def _turned_covariance(cov_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK_D: t
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded", "shares"])
 def _logits_kernel(
     k_ptr,
     lengths_ptr,

@@ -13,6 +13,8 @@ LOG2_E = 1.4426950408889634
 PROGRAMS = 256
 MOMENTS = {"BLOCK": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
 WIDE_MOMENTS = {"BLOCK": 32, "num_warps": 8, "num_stages": 1}
+# Sizes that differ from step to step are not specialised: kernels would be compiled for them while requests wait.
+
 # Tiles of the two attention kernels. Three programs of four warps share an SM, so that one multiplies while another
 # takes exponentials; float32 has no tensor cores, and small tiles that fit the registers.
 OPTIONS = (
@@ -33,7 +35,7 @@ def _tile(ptr, entry, length, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(ptr + entry[:, None].to(tl.int64) * stride + d[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded"])
 def _lse_kernel(
     q_ptr,
     k_ptr,
@@ -73,7 +75,7 @@ def _lse_kernel(
     tl.store(out + m, top + tl.log2(total), mask=m < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded"])
 def _mass_kernel(
     q_ptr,
     k_ptr,
@@ -133,7 +135,7 @@ def attention_mass(queries: Tensor, keys: Tensor, lengths: Tensor, lse: Tensor |
     return mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _moments_kernel(
     q_ptr,
     lengths_ptr,

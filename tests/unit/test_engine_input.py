@@ -115,7 +115,7 @@ def test_cancelling_frees_pages_at_once(llm):
 def test_a_device_out_of_memory_names_the_remedy(tiny_model, monkeypatch):
     import torch
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     llm = LLM(tiny_model("llama", 4, 2, 16, 48, 2, False), device="cpu", page_size=4, num_pages=40)

@@ -45,7 +45,8 @@ def _draw_entries(ax: Axes, part: pd.DataFrame, settings: list[str]) -> None:
         ax.bar(x + 0.2, after, width=0.38, color=VARIANT_COLOURS["compression-only"])
         for side, value in ((-0.2, before), (0.2, after)):
             ax.text(x + side, value, f"{value:.0f}", ha="center", va="bottom", fontsize=7.5)
-    ax.set_xticks(range(len(settings)), settings)
+    slanted = {"rotation": 30, "ha": "right"} if len(settings) > 3 else {}
+    ax.set_xticks(range(len(settings)), settings, **slanted)
     ax.set_xlim(-0.6, max(1, len(settings)) - 0.4)
     ax.margins(y=0.15)
     ax.set_ylabel("KV entries")

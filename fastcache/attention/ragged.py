@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,6 +35,15 @@ class Rows:
     def pick(self, which: Tensor) -> Rows:
         return Rows(self.seats[which], self.appended[which], self.page_tables[which], self.max_len)
 
+    @cached_property
+    def by_sequence(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Rows of a sequence follow each other and read the same entries. The first row of each of B sequences (B,),
+        each row's sequence (n,) and its place there (n,), and the most rows of one."""
+        _, sequence, counts = self.seats.unique_consecutive(return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(sequence), device=sequence.device) - first[sequence]
+        return first, sequence, place, int(counts.max())
+
 
 class RaggedAttention(AttentionBackend):
     """A plain backend for what is not compressed, and rows of single heads for the rest; the reference of the
@@ -44,7 +54,8 @@ class RaggedAttention(AttentionBackend):
         self.dense, self.layouts = dense, layouts
         self.name = f"{dense.name}+ragged"
         self._rows: Rows | None = None  # all tokens of the step, if any of them needs its head's layout
-        self._apart: tuple[Tensor, Tensor] | None = None  # tokens for the plain backend, and the others
+        # Tokens for the plain backend, the others, and the rows of the others.
+        self._apart: tuple[Tensor, Tensor, Rows] | None = None
 
     @property
     def lse(self) -> Tensor | None:
@@ -65,9 +76,10 @@ class RaggedAttention(AttentionBackend):
         if plain.any():
             tokens = np.repeat(plain, lengths)
             self.dense.plan(_part(batch, plain, tokens))
-            self._apart = tuple(
+            alone, others = (
                 torch.from_numpy(np.flatnonzero(mask)).to(self.pool.device) for mask in (tokens, ~tokens)
             )
+            self._apart = alone, others, self._rows.pick(others)
 
     def _rows_of(self, host: HostBatch, batch: ForwardBatch) -> Rows:
         lengths = np.diff(host.cu_seqlens_q)
@@ -91,10 +103,10 @@ class RaggedAttention(AttentionBackend):
             return self.dense.run(layer, q, k, v)
         if self._apart is None:
             return self._attend(layer, q, self._rows)
-        plain, others = self._apart
+        plain, others, rows = self._apart
         out = torch.empty_like(q)
         out[plain] = self.dense.run(layer, q[plain], k[plain], v[plain])
-        out[others] = self._attend(layer, q[others], self._rows.pick(others))
+        out[others] = self._attend(layer, q[others], rows)
         return out
 
     def _head_rows(self, layer: int, rows: Rows) -> HeadRows:
@@ -107,13 +119,21 @@ class RaggedAttention(AttentionBackend):
         self.pool.write_rows(where, k, v)
 
     def _attend(self, layer: int, q: Tensor, rows: Rows) -> Tensor:
-        """q: (n, H, d), each with its own lengths. Returns (n, H, d)."""
-        h, heads = self.heads, self._head_rows(layer, rows)
+        """q: (n, H, d), each with its own lengths. Returns (n, H, d). Entries are read once for each sequence."""
+        h, (first, sequence, place, most) = self.heads, rows.by_sequence
+        shared = rows.pick(first)
+        b, heads = len(first), self._head_rows(layer, shared)
         entries = torch.arange(rows.max_len, device=q.device)[None, None]
-        keys, values = self.pool.read_rows(entry_rows(self.pool, heads, rows.page_tables, entries))
-        mask = (entries <= (heads.kept + rows.appended[:, None])[:, :, None])[:, :, None]
-        grouped = q.view(len(q), h.kv_heads, h.group, h.head_dim)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.scale)
+        keys, values = self.pool.read_rows(entry_rows(self.pool, heads, shared.page_tables, entries))
+        padded, appended = q.new_zeros((b, most, *q.shape[1:])), rows.appended.new_zeros((b, most))
+        padded[sequence, place], appended[sequence, place] = q, rows.appended
+        padded = padded.view(b, most, h.kv_heads, h.group, h.head_dim).permute(0, 2, 3, 1, 4)
+        mask = entries[:, :, None] <= (heads.kept[:, :, None] + appended[:, None])[..., None]
+        mask = mask.repeat(1, 1, h.group, 1)  # (B, kv_heads, group * most, max_len)
+        out = F.scaled_dot_product_attention(
+            padded.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale
+        )
+        out = out.unflatten(2, (h.group, most)).permute(0, 3, 1, 2, 4)[sequence, place]
         return out.reshape(q.shape)
 
 

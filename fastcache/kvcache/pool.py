@@ -7,6 +7,7 @@ Heads come before the page's slots, so that one (page, head) is contiguous: the 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import math
 from dataclasses import dataclass, replace
@@ -66,6 +67,20 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
+@functools.cache
+def _every_byte(dtype: torch.dtype) -> Tensor:
+    """The 256 numbers of an 8-bit type."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stored entries in the model's type. On the CPU 8 bits are looked up: torch widens them one by one."""
+    if x.dtype.itemsize == 1 and x.device.type == "cpu":
+        numbers = _every_byte(x.dtype).index_select(0, as_bytes(x).flatten().int())
+        return numbers.view(x.shape).to(dtype)
+    return x.to(dtype)
+
+
 def gather_pages(pages: Tensor, page_table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """(B, kv_heads, length, head_dim) in `dtype`: the first entries of B sequences, padded with whatever their last
     pages hold.
@@ -74,7 +89,7 @@ def gather_pages(pages: Tensor, page_table: Tensor, length: int, dtype: torch.dt
     """
     table = page_table[:, : -(-length // pages.shape[2])].long()
     found = as_bytes(pages)[table].view(pages.dtype)  # (B, num_pages, kv_heads, page_size, head_dim)
-    return found.to(dtype).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return widened(found, dtype).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -168,7 +183,7 @@ class KVPool:
     def read_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Entries by their row, the pool read as (-1, head_dim). Returns two (*rows.shape, head_dim), model dtype."""
         return tuple(
-            as_bytes(pool.view(-1, self.shape.head_dim))[rows].view(pool.dtype).to(self.shape.dtype)
+            widened(as_bytes(pool.view(-1, self.shape.head_dim))[rows].view(pool.dtype), self.shape.dtype)
             for pool in (self.keys, self.values)
         )
 

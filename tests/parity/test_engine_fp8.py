@@ -98,6 +98,14 @@ def test_what_is_too_large_for_e4m3_becomes_its_largest_value():
     assert keys.abs().max() == 448
 
 
+def test_every_byte_is_widened_as_torch_does_it():
+    from fastcache.kvcache.pool import widened
+
+    stored = torch.arange(256, dtype=torch.uint8).view(16, 16).t().view(torch.float8_e4m3fn)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(widened(stored, dtype).nan_to_num(1e9), stored.to(dtype).nan_to_num(1e9))
+
+
 def test_another_kv_dtype_is_answered_with_the_allowed_ones(case):
     with pytest.raises(UnknownName, match="fp8"):
         LLM(case[0], device="cpu", kv_dtype="int3")

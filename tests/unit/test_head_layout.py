@@ -9,6 +9,9 @@ import pytest
 import torch
 from head_budget_files import write_budgets
 
+from fastcache.attention.base import HeadShape
+from fastcache.attention.ragged import RaggedAttention, Rows
+from fastcache.attention.torch_sdpa import TorchSDPA
 from fastcache.compression.head_budgets import FLOOR, HeadBudgets, divide
 from fastcache.errors import ConfigError
 from fastcache.kvcache.head_layout import HeadLayout, HeadRows, LayoutTable, entry_rows
@@ -114,3 +117,27 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "b.json").write_text('{"format": "other"}')
     with pytest.raises(ConfigError, match="calibrate"):
         HeadBudgets.load(tmp_path / "b.json")
+
+
+def test_rows_of_a_sequence_share_what_they_read_and_see_each_their_own_part(monkeypatch):
+    """Five tokens behind one compressed context, one behind another: each as if it came alone."""
+    rng = np.random.default_rng(0)
+    pool = KVPool(KVShape(LAYERS, HEADS, 16, torch.float32), 80, PAGE, torch.device("cpu"))
+    for tensor in (pool.keys, pool.values):
+        tensor.normal_()
+    table, layouts = (
+        LayoutTable(pool, 3),
+        [HeadLayout(rng.integers(4, n, (LAYERS, HEADS)), PAGE) for n in (60, 9)],
+    )
+    table.sync((2, 0), layouts)
+    pages = torch.from_numpy(rng.permutation(np.arange(1, 81))[:60].reshape(2, 30).astype(np.int32) % 80)
+    which = torch.tensor([0] * 5 + [1])
+    rows = Rows(torch.tensor([2, 0])[which], torch.tensor([3, 4, 5, 6, 7, 2]), pages[which], 70)
+    backend = RaggedAttention(TorchSDPA(pool, HeadShape(6, HEADS, 16)), table)
+    q, read, shapes = torch.randn(6, 6, 16), pool.read_rows, []
+    monkeypatch.setattr(pool, "read_rows", lambda where: shapes.append(where.shape) or read(where))
+    for layer in range(LAYERS):
+        together = backend._attend(layer, q, rows)
+        alone = [backend._attend(layer, q[i : i + 1], rows.pick(torch.tensor([i]))) for i in range(6)]
+        assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+    assert shapes[0] == (2, HEADS, 70)

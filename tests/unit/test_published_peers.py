@@ -51,9 +51,13 @@ def test_each_number_is_published(line):
 
 def ours(run: str, variant: str, workload: str) -> float:
     batch, context, output = map(int, re.split(r"[x+]", workload))
-    shape = ("qwen3-8b", variant, batch, context, output)
-    keys = ("model", "variant", "batch_size", "context_used", "output_used")
-    (row,) = (r for r in rows(f"{run}/rows.jsonl") if tuple(r[k] for k in keys) == shape)
+    shape = ("qwen3-8b", variant, batch, context, output, "bfloat16")
+    keys = ("model", "variant", "batch_size", "context_used", "output_used", "kv_dtype")
+    (row,) = (
+        r
+        for r in rows(f"{run}/rows.jsonl")
+        if tuple(r[k] for k in keys) == shape and r["cell"]["num_pages"] is None
+    )
     return row["throughput_tok_s"]
 
 

@@ -38,6 +38,7 @@ localrules:
     plot_timeline,
     plot_decisions,
     plot_sm_ratio,
+    plot_pools,
     render_report,
     plot_serving,
     write_plan,

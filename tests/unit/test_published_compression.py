@@ -84,6 +84,8 @@ def test_the_rows_are_one_experiment():
     plan = json.loads((PUBLISHED / "plan.json").read_text(encoding="utf-8"))
     assert list(plan["cells"]) == [row["cell_id"] for row in ROWS]
     assert all(plan["cells"][row["cell_id"]] == row["cell"] for row in ROWS)
+    report = (PUBLISHED / "report.html").read_text(encoding="utf-8")
+    assert all(f"<code>{row['cell_id']}</code>" in report for row in ROWS)
 
 
 @pytest.mark.parametrize("line", table(WITH, SHAPES), ids=lambda line: line[0])

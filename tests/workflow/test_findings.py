@@ -65,6 +65,22 @@ def test_the_discussion_counts_what_it_says():
     assert "the range of their medians, 1.30" in said["Green contexts"]
 
 
+def test_single_repeats_are_told_from_the_others():
+    rows = at_speed(1.3)
+    single = {r["cell_id"] for r in rows if r["variant"] == "triad"}
+    rows = [
+        r | {"repeats": r["repeats"] | {"values": r["repeats"]["values"][:1]}}
+        if r["cell_id"] in single
+        else r
+        for r in rows
+    ]
+    compared = len(CELLS) - sum(cell.variant == "baseline" for cell in CELLS)
+    said = dict(discussion.paragraphs(rows))["Speed"]
+    assert f"{len(single)} of {compared} comparisons rest on a single repeat" in said
+    rest = compared - len(single)
+    assert f"Of {rest} comparisons with repeats, {rest} are faster" in said
+
+
 def test_decisions_are_compared_with_the_best_fixed_variant_or_said_to_be_missing():
     rows = at_speed(1.3)
     assert "decided nothing by itself" in dict(discussion.paragraphs(rows))["Decisions"]

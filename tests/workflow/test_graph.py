@@ -28,7 +28,7 @@ AROUND_THE_CELLS = {
     **dict.fromkeys(("plot_throughput", "plot_latency", "plot_kv_memory", "plot_agreement"), 1),
     **dict.fromkeys(("plot_timeline", "plot_decisions", "plot_sm_ratio"), 1),
     **dict.fromkeys(("quality_table", "plot_quality"), 1),
-    **dict.fromkeys(("plot_decisions", "plot_sm_ratio", "plot_timeline"), 1),
+    "plot_pools": 1,
 }
 
 

@@ -26,6 +26,7 @@ FIGURES = (
     "timeline",
     "decisions",
     "sm_ratio",
+    "pools",
 )
 
 try:

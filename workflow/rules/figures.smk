@@ -6,7 +6,7 @@ rule plot_throughput:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_throughput.py"),
-        style=script("plotting.py"),
+        style=[script(f"{name}.py") for name in ("plotting", "naming", "compact")],
     output:
         svg=report(
             "{results}/figures/throughput.svg",
@@ -29,7 +29,7 @@ rule plot_latency:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_latency.py"),
-        style=script("plotting.py"),
+        style=[script(f"{name}.py") for name in ("plotting", "naming", "compact")],
     output:
         svg=report(
             "{results}/figures/latency.svg",
@@ -55,7 +55,7 @@ rule plot_kv_memory:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_kv_memory.py"),
-        style=script("plotting.py"),
+        style=[script(f"{name}.py") for name in ("plotting", "naming", "compact")],
     output:
         svg=report(
             "{results}/figures/kv_memory.svg",
@@ -78,7 +78,7 @@ rule plot_agreement:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_agreement.py"),
-        style=script("plotting.py"),
+        style=[script(f"{name}.py") for name in ("plotting", "naming", "compact")],
     output:
         svg=report(
             "{results}/figures/agreement.svg",
@@ -101,7 +101,7 @@ rule plot_timeline:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_timeline.py"),
-        style=script("plotting.py"),
+        style=[script("plotting.py"), script("naming.py")],
     output:
         svg=report(
             "{results}/figures/timeline.svg",
@@ -124,7 +124,7 @@ rule plot_decisions:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_decisions.py"),
-        style=script("plotting.py"),
+        style=[script("plotting.py"), script("naming.py")],
     output:
         svg=report(
             "{results}/figures/decisions.svg",
@@ -150,7 +150,7 @@ rule plot_sm_ratio:
     input:
         rows="{results}/rows.jsonl",
         script=script("plot_sm_ratio.py"),
-        style=script("plotting.py"),
+        style=[script("plotting.py"), script("naming.py")],
     output:
         svg=report(
             "{results}/figures/sm_ratio.svg",
@@ -165,6 +165,29 @@ rule plot_sm_ratio:
         "../../envs/cpu.yaml"
     message:
         "Drawing speed against SMs of the compression"
+    shell:
+        "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
+
+
+rule plot_pools:
+    input:
+        rows="{results}/rows.jsonl",
+        script=script("plot_pools.py"),
+        style=[script("plotting.py"), script("naming.py")],
+    output:
+        svg=report(
+            "{results}/figures/pools.svg",
+            caption="../report/pools.rst",
+            category="Figures",
+            labels={"figure": "pools", "shows": "speed against the KV pool"},
+        ),
+        csv="{results}/figures/pools.csv",
+    log:
+        "{results}/logs/plot_pools.log",
+    conda:
+        "../../envs/cpu.yaml"
+    message:
+        "Drawing speed against the size of the KV pool"
     shell:
         "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
 

@@ -66,7 +66,7 @@ rule plot_quality:
         speed="{results}/rows.jsonl",
         script=script("plot_quality.py"),
         findings=script("quality_findings.py"),
-        style=script("plotting.py"),
+        style=[script("plotting.py"), script("naming.py")],
     output:
         svg=report(
             "{results}/figures/quality.svg",

@@ -15,7 +15,13 @@ rule render_report:
         script=script("render_report.py"),
         findings=[
             script(f"{name}.py")
-            for name in ("findings", "discussion", "reproduction", "quality_findings")
+            for name in (
+                "findings",
+                "naming",
+                "discussion",
+                "reproduction",
+                "quality_findings",
+            )
         ],
         templates=[str(path) for path in sorted((BASE / "report").rglob("*.*"))],
     output:

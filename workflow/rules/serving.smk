@@ -63,7 +63,7 @@ rule plot_serving:
     input:
         rows="{results}/serving.jsonl",
         script=script("plot_serving.py"),
-        style=[script("plotting.py"), script("serving_rows.py")],
+        style=[script(f"{name}.py") for name in ("plotting", "naming", "serving_rows")],
     output:
         SERVING_FIGURES,
     log:

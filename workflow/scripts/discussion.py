@@ -42,20 +42,21 @@ def paragraphs(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def _speed(pairs: Sequence[Comparison]) -> str:
     verdicts = Counter(pair.verdict for pair in pairs)
     worst, best = min(pairs, key=lambda p: p.speedup), max(pairs, key=lambda p: p.speedup)
+    text, decided = "", [pair for pair in pairs if pair.noise is not None]
     if verdicts["undecided"]:
         text = (
             f"{verdicts['undecided']} of {len(pairs)} comparisons rest on a single repeat, so nothing tells a "
-            "difference from noise."
+            "difference from noise there. "
         )
-    else:
-        noise = middle(pair.noise for pair in pairs)
-        text = (
-            f"Of {count(len(pairs), 'comparison')}, {verdicts['faster']} are faster than their baseline by more than "
-            f"the spread of the repeats, {verdicts['slower']} are slower, and {verdicts['same']} lie within it. "
-            f"That spread is {percent(noise)} of the median in the typical pair."
+    if decided:
+        noise, which = middle(pair.noise for pair in decided), " with repeats" if text else ""
+        text += (
+            f"Of {count(len(decided), 'comparison')}{which}, {verdicts['faster']} are faster than their baseline by "
+            f"more than the spread of the repeats, {verdicts['slower']} are slower, and {verdicts['same']} lie within "
+            f"it. That spread is {noise:.1%} of the median in the typical pair. "
         )
     low, high = (f"{times(pair.speedup)} ({describe(pair.row)})" for pair in (worst, best))
-    return f"{text} The range is {low} to {high}."
+    return f"{text}The range is {low} to {high}."
 
 
 def _by(pairs: Sequence[Comparison], key: str, phrase: str) -> str:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from naming import differing, requests, series, setting
+
 from fastcache.bench.table import requests_of
 
+MOST_LINES = 24  # of the table of comparisons
 TIMES = "\N{MULTIPLICATION SIGN}"
 Row = dict[str, Any]
 
@@ -146,6 +149,29 @@ def by_variant(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def by_requests(rows: Sequence[Row], pairs: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """A line per comparison, what it costs in memory and wins in speed; none where they would be too many to read."""
+    if len(pairs) > MOST_LINES:
+        return []
+    one_model, said = len({row["model"] for row in rows}) == 1, differing(rows)
+    return [
+        {
+            "requests": requests(pair.row, one_model, said),
+            "batch": pair.row["batch_size"],
+            "variant": series(pair.row),
+            "setting": setting(pair.row),
+            "throughput": [side["throughput_tok_s"] for side in (pair.baseline, pair.row)],
+            "speedup": pair.speedup,
+            "verdict": pair.verdict,
+            "running": [side["peak_running"] for side in (pair.baseline, pair.row)],
+            "kv_mib": [
+                side["peak_kv_bytes"] and side["peak_kv_bytes"] / 2**20 for side in (pair.baseline, pair.row)
+            ],
+        }
+        for pair in pairs
+    ]
 
 
 def headline(rows: Sequence[Row]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import compact
 import pandas as pd
 import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from plotting import BASELINE, MARKERS, colour, dodge
+from naming import BASELINE
+from plotting import MARKERS, colour, dodge
 
 MEASURES = {
     "token_match": "equal tokens at equal positions",
@@ -17,6 +19,23 @@ MEASURES = {
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     compressed = cells[cells["setting"] != BASELINE]
+    if all((row["weights"] or {}).get("kind") == "dummy" for row in cells["row"]):
+        return plotting.nothing("random weights agree on nothing"), pd.DataFrame()
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    shown = _panels(compressed) if not compact.fits(compressed) else _lines(compressed)
+    return shown, compressed[[*columns, *MEASURES]]
+
+
+def _lines(compressed: pd.DataFrame) -> Figure:
+    fig, axes, lines = compact.sheet(compressed, list(MEASURES.values()))
+    for ax, name in zip(axes, MEASURES, strict=True):
+        compact.spans(ax, lines, name, None)
+        ax.set_xlim(-0.03, 1.03)
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    return fig
+
+
+def _panels(compressed: pd.DataFrame) -> Figure:
     panels, settings = plotting.order(compressed["panel"]), plotting.order(compressed["setting"])
     series = plotting.order(compressed["series"])
     fig, axes = plotting.grid(panels or [""], list(MEASURES), height=0.9 + 0.45 * len(settings))
@@ -25,8 +44,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             _draw_marks(axes[i][j], compressed[compressed["panel"] == panel], settings, series, name)
             axes[i][j].set_title(f"{title}\n{panel}", wrap=True)
     plotting.legend(fig, series)
-    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
-    return fig, compressed[[*columns, *MEASURES]]
+    return fig
 
 
 def _draw_marks(ax: Axes, part: pd.DataFrame, settings: list[str], series: list[str], value: str) -> None:

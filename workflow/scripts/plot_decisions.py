@@ -11,9 +11,11 @@ KINDS = {"prefill": "o", "decode": "s", "mixed": "^"}
 
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    fig, axes = plotting.grid([""], ["predicted", "spread"], height=3.2)
-    points = _predictions(axes[0][0], [row for row in cells["row"] if row.get("decisions")])
-    points += _spread(axes[0][1], plotting.largest(cells))
+    decided = [row for row in cells["row"] if row.get("decisions")]
+    panels, width = (["predicted", "spread"], 3.9) if decided else (["spread"], 7.8)
+    fig, axes = plotting.grid([""], panels, width=width, height=3.2)
+    points = _predictions(axes[0][0], decided) if decided else []
+    points += _spread(axes[0][-1], plotting.largest(cells))
     return fig, pd.DataFrame(points)
 
 
@@ -30,7 +32,7 @@ def _predictions(ax: Axes, rows: list[dict]) -> list[dict]:
     ax.set_xlabel("predicted, ms")
     ax.set_ylabel("measured, ms")
     if not points:
-        ax.text(0.5, 0.5, "nothing was decided", ha="center", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "no step was predicted", ha="center", transform=ax.transAxes)
         return points
     ax.axline((1, 1), slope=1, color="#9aa0a6", lw=0.8)
     ax.set_xscale("log")

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import compact
 import pandas as pd
 import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plotting import BASELINE, VARIANT_COLOURS
+from naming import BASELINE
+from plotting import VARIANT_COLOURS
 
 MIB = 1024 * 1024
 
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    points = cells[[*columns, "kv_len_before", "kv_len_after", "peak_kv_bytes"]]
+    return _panels(cells) if not compact.fits(cells) else _lines(cells), points
+
+
+def _lines(cells: pd.DataFrame) -> Figure:
+    titles = ["KV entries per request, before and after", "most KV memory in use, MiB"]
+    fig, axes, lines = compact.sheet(cells, titles)
+    for y, row in lines:
+        if not pd.isna(row.kv_len_before):
+            axes[0].barh(y, row.kv_len_before, height=0.8, color=VARIANT_COLOURS[BASELINE], alpha=0.35)
+    compressed = [(y, row) for y, row in lines if row.setting != BASELINE]
+    compact.bars(axes[0], compressed, "kv_len_after", more=lambda row: f" of {row.kv_len_before:,.0f}")
+    compact.bars(axes[1], lines, "peak_kv_bytes", 1 / MIB)
+    return fig
+
+
+def _panels(cells: pd.DataFrame) -> Figure:
     panels, settings = plotting.order(cells["panel"]), plotting.order(cells["setting"])
     series = plotting.order(cells["series"])
     fig, axes = plotting.grid(panels, ["entries", "bytes"])
@@ -26,8 +46,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         axes[i][1].set_ylabel("MiB")
         axes[i][1].set_ylim(bottom=0)
     plotting.legend(fig, series, settings)
-    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
-    return fig, cells[[*columns, "kv_len_before", "kv_len_after", "peak_kv_bytes"]]
+    return fig
 
 
 def _draw_entries(ax: Axes, part: pd.DataFrame, settings: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compact
 import pandas as pd
 import plotting
 from matplotlib.figure import Figure
@@ -10,6 +11,21 @@ MEASURES = {"ttft": ("time to first token", "s", 1.0), "tpot": ("time per output
 
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    points = cells[[*columns, "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"]]
+    points = points.rename(columns=lambda c: f"{c}_s" if c.startswith(("ttft", "tpot")) else c)
+    return _panels(cells) if not compact.fits(cells) else _lines(cells), points
+
+
+def _lines(cells: pd.DataFrame) -> Figure:
+    fig, axes, lines = compact.sheet(cells, [f"{title}, {unit}" for title, unit, _ in MEASURES.values()])
+    for ax, (name, (_, _, scale)) in zip(axes, MEASURES.items(), strict=True):
+        compact.spans(ax, lines, f"{name}_p50", f"{name}_p99", scale)
+        ax.set_xlim(left=0)
+    return fig
+
+
+def _panels(cells: pd.DataFrame) -> Figure:
     panels, settings = plotting.order(cells["panel"]), plotting.order(cells["setting"])
     series = plotting.order(cells["series"])
     fig, axes = plotting.grid(panels, list(MEASURES))
@@ -24,9 +40,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             axes[i][j].set_ylabel(unit)
             axes[i][j].set_ylim(0, axes[i][j].get_ylim()[1] * 1.05)
     plotting.legend(fig, series, settings)
-    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
-    points = cells[[*columns, "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"]]
-    return fig, points.rename(columns=lambda c: f"{c}_s" if c.startswith(("ttft", "tpot")) else c)
+    return fig
 
 
 if __name__ == "__main__":

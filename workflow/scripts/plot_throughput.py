@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import compact
 import pandas as pd
 import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plotting import BASELINE, colour, dodge
+from naming import BASELINE
+from plotting import colour, dodge
 
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """A row per panel, a column per method; the baseline stands in each column it is compared with."""
+    """A row per panel, a column per method; the baseline stands in each column it is compared with. A line per cell
+    where panels would not do."""
+    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
+    points = cells[[*columns, "throughput_tok_s", "throughput_min", "throughput_max"]]
+    return _panels(cells) if not compact.fits(cells) else _lines(cells), points
+
+
+def _lines(cells: pd.DataFrame) -> Figure:
+    fig, (ax,), lines = compact.sheet(cells, ["tokens / s, and times the baseline's"])
+    compact.bars(ax, lines, "throughput_tok_s", more=_speedup, end="throughput_max")
+    for y, row in lines:
+        if not pd.isna(row.throughput_tok_s):
+            ax.hlines(y, row.throughput_min, row.throughput_max, color="#202124", linewidth=1)
+    return fig
+
+
+def _speedup(cell: Any) -> str:
+    value = cell.row["speedup_vs_baseline"]
+    return "" if value is None or cell.setting == BASELINE else f"   {value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def _panels(cells: pd.DataFrame) -> Figure:
     panels = plotting.order(cells["panel"])
     settings = [s for s in plotting.order(cells["setting"]) if s != BASELINE] or [BASELINE]
     series = plotting.order(cells["series"])
@@ -25,8 +50,7 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for ax in axes[i]:
             ax.set_ylim(0, top)
     plotting.legend(fig, series)
-    columns = ["cell_id", "panel", "setting", "series", "batch_size", "status"]
-    return fig, cells[[*columns, "throughput_tok_s", "throughput_min", "throughput_max"]]
+    return fig
 
 
 def _draw_bars(ax: Axes, part: pd.DataFrame, series: list[str]) -> None:

@@ -18,8 +18,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from fastcache.bench.table import requests_of
+from naming import BASELINE, differing, name_of, requests, series, setting, split
 
 # Okabe and Ito's palette: its members stay apart under every common colour blindness and in grey print.
 VARIANT_COLOURS = {
@@ -31,15 +30,6 @@ VARIANT_COLOURS = {
 }
 BESIDE = 3  # panels across the page
 MARKERS = "osD^vP*X"
-BASELINE = "baseline"
-# Engine settings that make cells of the same requests different ones, in words; "" is the usual setting.
-SHOWN_SETTINGS: dict[str, Callable[[Any], str]] = {
-    "kv_dtype": lambda value: "" if value in (None, "auto") else f"{value} KV",
-    "num_pages": lambda value: "" if value is None else f"{value:,} pages",
-    "enable_prefix_caching": lambda value: "prefix cache" if value else "",
-    "policy": lambda value: "" if value in (None, "default") else f"policy {value}",
-    "immediate_release": lambda value: "pages held" if value is False else "",
-}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -51,16 +41,14 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One line per cell, with the names that figures show: panel (model and requests), setting, series."""
     one_model = len({row["model"] for row in rows}) == 1
     said = differing(rows)
-    one_split = len({_split(row) for row in rows if row["greenctx"]}) <= 1
+    one_split = len({split(row) for row in rows if row["greenctx"]}) <= 1
     return pd.DataFrame(
         {
             "cell_id": row["cell_id"],
-            "panel": _panel(row, one_model, said),
+            "panel": requests(row, one_model, said),
             "batch_size": row["batch_size"],
             "variant": row["variant"],
-            "series": row["variant"]
-            if one_split or not row["greenctx"]
-            else f"{row['variant']} {_split(row)}",
+            "series": row["variant"] if one_split else series(row),
             "setting": setting(row),
             "status": row["status"],
             "row": row,
@@ -85,49 +73,12 @@ def largest(cells: pd.DataFrame) -> list[dict[str, Any]]:
     return [found[name] for name in order(found)]
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """Its variant, and its policy if that is not the usual one."""
-    policy = row["cell"].get("policy", "default")
-    return row["variant"] if policy == "default" else f"{row['variant']} {policy}"
-
-
 def nothing(why: str) -> Figure:
     """A figure that says why it shows nothing."""
     fig, axes = grid([""], [""], height=1.2)
     axes[0][0].text(0.5, 0.5, why, ha="center", va="center")
     axes[0][0].set_axis_off()
     return fig
-
-
-def setting(row: dict[str, Any]) -> str:
-    """Method and factor as a reader says them; the baseline has neither."""
-    return (
-        BASELINE
-        if row["method"] is None
-        else f"{row['method']} \N{MULTIPLICATION SIGN}{row['compression_factor']:g}"
-    )
-
-
-def differing(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Engine settings in which cells of one model differ: what a panel must say beside the requests."""
-    values: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        for name in SHOWN_SETTINGS:
-            values.setdefault((name, row["model"]), set()).add(str(row["cell"].get(name)))
-    return [name for name in SHOWN_SETTINGS if any(len(v) > 1 for (n, _), v in values.items() if n == name)]
-
-
-def _panel(row: dict[str, Any], one_model: bool, said: Sequence[str]) -> str:
-    least = [row["cell"]["workload"].get(f"min_{name}") for name in ("context", "output")]
-    most = [row["context_requested"], row["output_requested"]]
-    lengths = [f"{a} to {b}" if a else str(b) for a, b in zip(least, most, strict=True)]
-    requests = f"{requests_of(row)}, {' + '.join(lengths)} tokens"
-    settings = [SHOWN_SETTINGS[name](row["cell"].get(name)) for name in said]
-    return ", ".join(filter(None, ["" if one_model else row["model"], requests, *settings]))
-
-
-def _split(row: dict[str, Any]) -> str:
-    return f"{row['greenctx_compress_ratio']:.0%}/{row['greenctx_main_ratio']:.0%}"
 
 
 def _spread(row: dict[str, Any]) -> dict[str, float | None]:
@@ -168,16 +119,18 @@ def theme() -> None:
 
 
 def grid(rows: Sequence[str], columns: Sequence[str], width: float = 3.9, height: float = 2.6) -> tuple:
-    """(figure, axes[row][column]). Rows of a single column stand beside each other, a few in each line."""
+    """(figure, axes[row][column]). Rows of one column stand beside each other, and many columns in several lines."""
     theme()
     beside = min(len(rows), BESIDE) if len(columns) == 1 else 1
-    lines, across = -(-len(rows) // beside), beside * len(columns)
+    folds = -(-len(columns) // BESIDE)
+    each = -(-len(columns) // folds)
+    lines, across = -(-len(rows) // beside) * folds, beside * each
     size = (width * across, height * lines + 0.5)
     fig, axes = plt.subplots(lines, across, figsize=size, squeeze=False, layout="constrained")
-    axes = axes.reshape(lines * beside, len(columns))
-    for spare in axes[len(rows) :].flat:
+    axes = axes.reshape(-1, folds * each)
+    for spare in (*axes[len(rows) :].flat, *axes[:, len(columns) :].flat):
         spare.set_axis_off()
-    return fig, axes[: len(rows)]
+    return fig, axes[: len(rows), : len(columns)]
 
 
 def dodge(series: Sequence[str], width: float = 0.8) -> dict[str, float]:

@@ -20,7 +20,7 @@ import reproduction
 from findings import Row, count, percent, times
 from markupsafe import Markup
 
-FIGURES = ("throughput", "latency", "kv_memory", "agreement", "timeline", "decisions", "sm_ratio")
+FIGURES = ("throughput", "latency", "kv_memory", "agreement", "timeline", "decisions", "sm_ratio", "pools")
 
 
 def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -173,6 +173,7 @@ def context(
         "dummy": findings.dummy(rows),
         "overall": findings.group_summary(pairs),
         "variants": findings.by_variant(rows),
+        "by_requests": findings.by_requests(rows, pairs),
         "facts": facts,
         "doubts": reproduction.doubts(facts),
         "drifts": reproduction.drifts(rows, history),

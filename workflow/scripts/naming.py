@@ -1,0 +1,62 @@
+"""What a reader calls the cells: requests, settings, methods. Pure; figures and page say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastcache.bench.table import requests_of
+
+Row = dict[str, Any]
+BASELINE = "baseline"
+# Engine settings that make cells of the same requests different ones, in words; "" is the usual setting.
+SHOWN_SETTINGS: dict[str, Callable[[Any], str]] = {
+    "kv_dtype": lambda value: "" if value in (None, "auto") else f"{value} KV",
+    "num_pages": lambda value: "" if value is None else f"{value:,} pages",
+    "enable_prefix_caching": lambda value: "prefix cache" if value else "",
+    "policy": lambda value: "" if value in (None, "default") else f"policy {value}",
+    "immediate_release": lambda value: "pages held" if value is False else "",
+}
+
+
+def name_of(row: Row) -> str:
+    """Its variant, and its policy if that is not the usual one."""
+    policy = row["cell"].get("policy", "default")
+    return row["variant"] if policy == "default" else f"{row['variant']} {policy}"
+
+
+def setting(row: Row) -> str:
+    """Method and factor as a reader says them; the baseline has neither."""
+    return (
+        BASELINE
+        if row["method"] is None
+        else f"{row['method']} \N{MULTIPLICATION SIGN}{row['compression_factor']:g}"
+    )
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+    """Engine settings in which cells of one model differ: what a panel must say beside the requests."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for name in SHOWN_SETTINGS:
+            values.setdefault((name, row["model"]), set()).add(str(row["cell"].get(name)))
+    return [name for name in SHOWN_SETTINGS if any(len(v) > 1 for (n, _), v in values.items() if n == name)]
+
+
+def requests(row: Row, one_model: bool, said: Sequence[str]) -> str:
+    """Model (unless there is one only), requests and the settings `said`: what cells of a panel have in common."""
+    least = [row["cell"]["workload"].get(f"min_{name}") for name in ("context", "output")]
+    most = [row["context_requested"], row["output_requested"]]
+    lengths = [f"{a} to {b}" if a else str(b) for a, b in zip(least, most, strict=True)]
+    words = f"{requests_of(row)}, {' + '.join(lengths)} tokens"
+    settings = [SHOWN_SETTINGS[name](row["cell"].get(name)) for name in said]
+    return ", ".join(filter(None, ["" if one_model else row["model"], words, *settings]))
+
+
+def series(row: Row) -> str:
+    """Its variant, and the split of the SMs it asked for."""
+    return f"{row['variant']} {split(row)}" if row["greenctx"] else row["variant"]
+
+
+def split(row: Row) -> str:
+    return f"{row['greenctx_compress_ratio']:.0%}/{row['greenctx_main_ratio']:.0%}"

@@ -56,6 +56,26 @@ def capture_stream_check(stream: Any, allowed: tuple[Any, ...]) -> Any:
     return stream
 
 
+class CaptureStream:
+    """Where graphs are captured of what runs on `home`, a partition's main stream, or None for the default stream: there,
+    or, as nothing can be captured on the default stream, on a stream of our own beside it."""
+
+    def __init__(self, home: Any = None) -> None:
+        self.home = home
+        self._side: Any = None
+
+    def beside(self, current: Any) -> Any:
+        """The stream for a capture of work that runs on `current` otherwise. Errors: CaptureWithoutStream."""
+        import torch
+
+        if self.home is not None:
+            return capture_stream_check(current, (self.home,))
+        capture_stream_check(current, (torch.cuda.default_stream(),))
+        if self._side is None:
+            self._side = torch.cuda.Stream()
+        return self._side
+
+
 def capture(graph: Any, stream: Any, allowed: tuple[Any, ...], pool: Any = None) -> AbstractContextManager:
     """`torch.cuda.graph` on a checked stream. Warm the work up on that stream first: a cuBLAS workspace born
     inside a capture belongs to the graph's pool and dangles when the graph is gone."""

@@ -126,14 +126,16 @@ def build(config: EngineConfig) -> Parts:
     shape = KVShape(
         model_config.num_layers, heads.kv_heads, heads.head_dim, dtype, stored, rated=rater is not None
     )
-    pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device)
+    ragged = config.compression is not None and config.compression.head_budgets is not None
+    # Who balances prefill against decode makes steps as small as decoding asks for.
+    small = config.tuning == "all" and not (config.enforce_eager or ragged)
+    pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device, small)
     pool = KVPool(shape, pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
     plan = method_plan(config, method, shape) if method is not None else None
     max_pages = pages_for(max_model_len, config.page_size) + 1  # one more where heads share (`SharedLayout`)
     backend = select_backend(config.attention_backend, pool, heads, device)
     backend.keep_lse = method is not None and "attention_mass" in method.needs
-    ragged = config.compression is not None and config.compression.head_budgets is not None
     layouts = LayoutTable(pool, config.max_num_seqs + 1) if ragged else None
     if ragged:
         backend = with_layouts(backend, layouts, padded_size(config.max_num_seqs), max_pages)
@@ -171,6 +173,7 @@ def build(config: EngineConfig) -> Parts:
         pictures=PictureEmbedder(model, processor) if processor is not None else None,
         deferred=deferred,
         states=states,
+        small_steps=small,
     )
     if tuner is not None and runner.compressor is not None:
         runner.compressor.timed = True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcache.attention.base import AttentionBackend
 from fastcache.core import HostBatch
-from fastcache.device.streams import capture, capture_stream_check
+from fastcache.device.streams import CaptureStream, capture
 from fastcache.kvcache.pages import SCRATCH_PAGE
 
 SMALL_SIZES = (1, 2, 4, 8)
@@ -78,8 +78,11 @@ class DecodeGraphs:
             tuple[torch.cuda.Stream | None, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
         ] = {}
         self._memory = torch.cuda.graph_pool_handle()
-        self._side: torch.cuda.Stream | None = None  # for captures of steps on the default stream
-        self.home = home
+        self._streams = CaptureStream(home)
+
+    def move(self, home: torch.cuda.Stream) -> None:
+        """Steps run on another stream from here on."""
+        self._streams.home = home
 
     def run(self, host: HostBatch) -> tuple[Tensor, Tensor]:
         """Logits (B, vocab) and likeliest tokens (B,) of a decode step; valid until the next call."""
@@ -88,7 +91,7 @@ class DecodeGraphs:
         numbers = torch.from_numpy(np.stack((padded.seats, padded.positions, padded.slots))).pin_memory()
         self._inputs[:, :size].copy_(numbers, non_blocking=True)
         self._backend.plan_graph(padded)
-        key = (self.home, size)
+        key = (self._streams.home, size)
         if key not in self._graphs:
             self._graphs[key] = self._capture(size)
         graph, logits, tokens = self._graphs[key]
@@ -100,7 +103,7 @@ class DecodeGraphs:
         tokens that the step starts from are put back."""
         seats, positions, slots = self._inputs[:, :size]
         stream = torch.cuda.current_stream()
-        side = self._capture_stream(stream)
+        side = self._streams.beside(stream)
         before = self._last_tokens.clone()
         self._decode(seats, positions, slots)
         self._last_tokens.copy_(before)
@@ -110,12 +113,3 @@ class DecodeGraphs:
             logits, tokens = self._decode(seats, positions, slots)
         stream.wait_stream(side)
         return graph, logits, tokens
-
-    def _capture_stream(self, current: torch.cuda.Stream) -> torch.cuda.Stream:
-        """Where steps run; beside the default stream, on which nothing can be captured, a stream of our own."""
-        if self.home is not None:
-            return capture_stream_check(current, (self.home,))
-        capture_stream_check(current, (torch.cuda.default_stream(),))
-        if self._side is None:
-            self._side = torch.cuda.Stream()
-        return self._side

@@ -10,6 +10,7 @@ from fastcache.compression.base import budget
 from fastcache.compression.layer import WAITING_BYTES
 from fastcache.config import EngineConfig
 from fastcache.engine.compressor import SMALL_STEP
+from fastcache.engine.step_graphs import buffer_bytes
 from fastcache.errors import OutOfPages
 from fastcache.kvcache.pool import KVShape
 from fastcache.kvcache.slots import pages_for
@@ -54,8 +55,9 @@ def num_pages(
     tokens_per_step: int,
     max_model_len: int,
     device: torch.device,
+    small_steps: bool = False,
 ) -> int:
-    """Pages of the pool. Errors: `OutOfPages` when there is no room for one, with the remedy."""
+    """Pages of the pool. `small_steps`: some may be short, and keep buffers for it (`step_graphs`). Errors: `OutOfPages` when there is no room for one, with the remedy."""
     if config.num_pages is not None:
         return config.num_pages
     page_bytes = shape.slot_bytes * config.page_size
@@ -64,6 +66,7 @@ def num_pages(
         available = int(psutil.virtual_memory().available * CPU_POOL_SHARE)
     else:
         available = _cuda_bytes(config, shape, model, tokens_per_step, device)
+        available -= buffer_bytes(model.config, shape.dtype) if small_steps else 0
     pages = available // page_bytes
     if pages < 2:
         raise OutOfPages(

@@ -23,9 +23,10 @@ from fastcache.engine.deferred import DeferredCompressor, LaunchedJob
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.sampler import sample, sampling_batch
 from fastcache.engine.states import StateRatings
+from fastcache.engine.step_graphs import MOST_TOKENS, SmallSteps
 from fastcache.errors import DeviceOutOfMemory
 from fastcache.kvcache.pool import KVPool
-from fastcache.models.layers import Places
+from fastcache.models.layers import Attend, Places
 from fastcache.models.llama import Llama
 
 
@@ -65,6 +66,7 @@ class Runner:
         places: Mapping[str, torch.cuda.Stream | None] | None = None,
         deferred: DeferredCompressor | None = None,
         states: StateRatings | None = None,
+        small_steps: bool = False,
     ) -> None:
         self.model, self.pool, self.backend, self.builder = model, pool, backend, builder
         self.compressor, self.deferred, self.pictures, self.states = compressor, deferred, pictures, states
@@ -72,16 +74,19 @@ class Runner:
         self.places = places or {}  # streams by the names that a step's `place` may have
         self._stream = stream  # None: the device's default stream
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
-        self.graphs = None
+        self.graphs = self.small = None
         if use_graphs and backend.supports_graphs:
             self.graphs = DecodeGraphs(self.decode, backend, self.last_tokens, max_num_seqs, stream)
+            if small_steps and self._places(self.last_tokens) is not None:
+                self.small = SmallSteps(model, self._places, stream)
 
     def use_streams(self, main: torch.cuda.Stream, compress: torch.cuda.Stream) -> None:
         """Run the steps from here on on another partition's streams, in order behind those before."""
         hand_over(self._stream or torch.cuda.default_stream(), main)
         self._stream = main
-        if self.graphs is not None:
-            self.graphs.home = main
+        for each in (self.graphs, self.small):
+            if each is not None:
+                each.move(main)
         for each in (self.compressor, self.deferred):
             if each is not None:
                 each.stream = compress
@@ -135,29 +140,38 @@ class Runner:
         ]
         self.backend.plan(batch)
 
-        stores = bool((batch.host.slots >= 0).any())
-        places = self._places(batch.slot_mapping) if stores else None
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if stores and places is None:
-                self.backend.store(layer, k, v, batch.slot_mapping)
             out = self.backend.run(layer, q, k, v)
             for each in watching:
                 each.layer(layer, q, k, v, self.backend.lse)
             return out
 
         embeddings = None if self.pictures is None else self.pictures.embeddings(step, batch.input_ids)
-        rated = self.states is not None and not step.decode
-        inputs = batch.input_ids, batch.positions, attend, embeddings, places
         asked = any(chunk.seq.request.logprobs_from is not None for chunk in step.chunks)
-        with self.states.watching(step, batch) if rated else nullcontext():
-            hidden = self.model(*inputs, rows=None if asked else batch.sample_rows)
+        rated = self.states is not None and not step.decode
+        if self.small is not None and step.num_tokens <= MOST_TOKENS and embeddings is None and not rated:
+            hidden, every = self.small.run(batch, attend), True
+        else:
+            with self.states.watching(step, batch) if rated else nullcontext():
+                hidden, every = self._eagerly(batch, attend, embeddings, asked), asked
         for each in watching:
             each.finish()
         if asked:
             self._keep_logprobs(step, batch, hidden)
-            hidden = hidden[batch.sample_rows]
-        return self.model.logits(hidden)
+        return self.model.logits(hidden[batch.sample_rows] if every else hidden)
+
+    def _eagerly(self, batch: ForwardBatch, attend: Attend, embeddings: Tensor | None, every: bool) -> Tensor:
+        """Final hidden states, launched kernel by kernel: of the sampled rows, or (T, hidden_size) of `every` one."""
+        stores = bool((batch.host.slots >= 0).any())
+        places = self._places(batch.slot_mapping) if stores else None
+
+        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if stores and places is None:
+                self.backend.store(layer, k, v, batch.slot_mapping)
+            return attend(layer, q, k, v)
+
+        rows = None if every else batch.sample_rows
+        return self.model(batch.input_ids, batch.positions, store_and_attend, embeddings, places, rows)
 
     def _keep_logprobs(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> None:
         """What the model says comes after each prompt token, for requests that ask. hidden: (T, hidden_size)."""

@@ -57,8 +57,8 @@ def capture_stream_check(stream: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 class CaptureStream:
-    """Where graphs are captured of what runs on `home`, a partition's main stream, or None for the default stream: there,
-    or, as nothing can be captured on the default stream, on a stream of our own beside it."""
+    """Where graphs are captured of what runs on `home`, a partition's main stream, or None for the default stream:
+    there, or, as nothing can be captured on the default stream, on a stream of our own beside it."""
 
     def __init__(self, home: Any = None) -> None:
         self.home = home

@@ -80,7 +80,7 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle()
         self._streams = CaptureStream(home)
 
-    def move(self, home: torch.cuda.Stream) -> None:
+    def move(self, home: torch.cuda.Stream | None) -> None:
         """Steps run on another stream from here on."""
         self._streams.home = home
 

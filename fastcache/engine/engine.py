@@ -191,7 +191,9 @@ class LLM(Offline):
 
     def _account(self, pending: PendingTokens, now: float) -> None:
         """A step's time runs from its launch, or from the end of the step before it if that came later."""
-        elapsed = now - max(self._last_result_s, pending.launched_s)
+        elapsed = pending.seconds()
+        if elapsed is None:
+            elapsed = now - max(self._last_result_s, pending.launched_s)
         self._last_result_s = now
         self._jobs.account(pending, elapsed)
 

@@ -57,7 +57,8 @@ def num_pages(
     device: torch.device,
     small_steps: bool = False,
 ) -> int:
-    """Pages of the pool. `small_steps`: some may be short, and keep buffers for it (`step_graphs`). Errors: `OutOfPages` when there is no room for one, with the remedy."""
+    """Pages of the pool. `small_steps`: whether short steps have buffers of their own (`step_graphs`). Errors:
+    `OutOfPages` when there is no room for one, with the remedy."""
     if config.num_pages is not None:
         return config.num_pages
     page_bytes = shape.slot_bytes * config.page_size

@@ -45,7 +45,7 @@ class Observed:
         self._context = Ratio()
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
-        self._odd_run = 0
+        self._odd_run: Counter[str] = Counter()
         self._late_s = 0.0  # what steps took too long while a compression ran beside them
         self._done_tokens = 0  # of compressions that ended while the step observed next was running
         self._costs: Costs | None = Costs()
@@ -116,14 +116,14 @@ class Observed:
         return lost
 
     def _odd(self, step: Step, elapsed_s: float, expected_s: float) -> bool:
-        """Whether a step's time is the host's doing. Several such times in a row are the device's after all."""
+        """Whether a step's time is the host's doing. Several such times of a kind in a row are the device's."""
         kind = "decode" if step.decode else "mixed" if step.decode_rows else "prefill"
         self._steps[kind] += 1
         if self._steps[kind] <= UNSEEN:
             return True
         known = min(self._prefill.count if kind != "decode" else TRIALS, self._decode.count) >= TRIALS
-        odd = known and elapsed_s > OUTLIER * expected_s and self._odd_run < TRIALS
-        self._odd_run = self._odd_run + 1 if odd else 0
+        odd = known and elapsed_s > OUTLIER * expected_s and self._odd_run[kind] < TRIALS
+        self._odd_run[kind] = self._odd_run[kind] + 1 if odd else 0
         return odd
 
     def _beside(self, step: Step, under_way: bool, beyond_s: float, decode_s: float) -> bool:
@@ -153,8 +153,7 @@ class Observed:
     def _observe_mixed(self, tokens: int, elapsed_s: float, base_s: float) -> None:
         """tokens: of its prompts."""
         chunk = next((each for each in self.limits.chunks if each >= tokens), None)
-        # The last piece of a prompt may be small: it says little about a full chunk.
-        if chunk is None or 2 * tokens <= chunk or not self._prefill.count:
+        if chunk is None or not tells(chunk, tokens) or not self._prefill.count:
             return
         known = self.mixed[chunk].value
         if known is not None:
@@ -195,6 +194,12 @@ class Observed:
     def reset(self) -> None:
         """Forget what was predicted, not what was measured."""
         self.predicted = {kind: [0, 0.0, 0.0] for kind in STEP_KINDS}
+
+
+def tells(chunk: int, tokens: int) -> bool:
+    """Whether a step with `tokens` of prompts tells what one with a budget of `chunk` costs: the last piece of a prompt
+    may be small."""
+    return 2 * tokens > chunk
 
 
 def _measured(costs: dict) -> dict:

@@ -18,9 +18,14 @@ INLINE, BESIDE, AFTER = "inline", "beside", "after"
 PLACE_MARGIN = 0.01
 # A mixed step must gain more than this share of the decode step it replaces, for the same reason.
 MIX_MARGIN = 0.2
+# Compression must give back more than this share of a request's prefill, for the same reason.
+PAYS_MARGIN = 0.01
 PROBE = 1  # the budget, by number, that tells whether mixed steps can pay at all
 # Prefill tokens of a mixed step that is made to last a given time are a multiple of this.
 CHUNK_STEP = 64
+# Where TPOT is bounded: prompts that would take more steps than this come before the bound, in the smallest step that
+# computes them nearly as fast as any that lasts up to so many times the bound.
+BACKLOG_STEPS, NEARLY, LONG_STEP = 10, 0.8, 4.0
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,14 @@ class Decision:
 class Mix:
     """What a mixed step would be made of. `pending` requests wait or are in prefill, `decoding` sequences would ride
     along, and their step reads `kv_bytes`; `at_once` run together once everybody has come in who may. `blocked`: some
-    must wait for a running one to end."""
+    must wait for a running one to end. `prompt_tokens`: of those pending, up to a full step."""
 
     pending: int
     decoding: int
     at_once: int
     blocked: bool
     kv_bytes: float
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,14 @@ class Balance:
 
 NOT_MEASURED = "not measured yet: the fixed choice"
 PAYS, TOO_DEAR = "compression pays", "compression costs more than these outputs give back"
+TOO_LITTLE = "compression would give back less than a hundredth of the prefill"
 GAIN, NO_GAIN = "mixed steps save decode steps", "a mixed step costs more than the decode step it saves"
 PROMPTS_FIRST = "no request waits for decode steps: prompts first"
 WITHIN = "the largest mixed step within the bound on TPOT"
-TIGHT = "no mixed step is within the bound on TPOT: the smallest"
+TIGHT = "no mixed step is within the bound on TPOT: the smallest that is nearly as fast as any"
+BACKLOG = (
+    "many prompts wait, which come before the bound on TPOT: the smallest step that is nearly as fast as any"
+)
 
 
 def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
@@ -116,9 +126,15 @@ def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
     predicted = {"whole": _decode_s(costs, load, limits, load.context)}
     kept = _decode_s(costs, load, limits, load.kept)
     predicted |= {name: load.context * seconds + kept for name, seconds in known.items()}
-    pays = predicted[place] < predicted["whole"]
-    point = break_even(costs, load, limits, place)
-    return Decision(pays, place, PAYS if pays else TOO_DEAR, predicted, point)
+    gain = predicted["whole"] - predicted[place]
+    pays = gain > _margin_s(costs, load)
+    reason = PAYS if pays else TOO_LITTLE if gain > 0 else TOO_DEAR
+    return Decision(pays, place, reason, predicted, break_even(costs, load, limits, place))
+
+
+def _margin_s(costs: Costs, load: RequestLoad) -> float:
+    """Seconds that compression must gain to be told from none."""
+    return PAYS_MARGIN * load.context * (costs.prefill_s_per_token or 0.0)
 
 
 def cheapest(costs: Costs, limits: Limits) -> str | None:
@@ -134,7 +150,7 @@ def cheapest(costs: Costs, limits: Limits) -> str | None:
 
 
 def break_even(costs: Costs, load: RequestLoad, limits: Limits, place: str) -> float | None:
-    """Output tokens from which compressing at `place` pays; None if it never does.
+    """Output tokens from which compressing at `place` pays, its margin included; None if it never does.
 
     Exact while memory does not limit how many sequences share a step; where it does, the saving per token only grows
     with the output, so the requested output's own saving is used.
@@ -143,7 +159,8 @@ def break_even(costs: Costs, load: RequestLoad, limits: Limits, place: str) -> f
     saving = (
         _decode_s(costs, load, limits, load.context, steps) - _decode_s(costs, load, limits, load.kept, steps)
     ) / steps
-    return 1 + load.context * costs.exposed[place] / saving if saving > 0 else None
+    price = load.context * costs.exposed[place] + _margin_s(costs, load)
+    return 1 + price / saving if saving > 0 else None
 
 
 def _decode_s(
@@ -175,9 +192,16 @@ def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
         if gain <= MIX_MARGIN * costs.decode_fixed_s:
             return ()
         return limits.chunks if all(chunk in costs.mixed_s for chunk in probe) else probe
-    spare = limits.tpot_s - _around_s(costs, mix, 0.0)
-    within = tuple(chunk for chunk in limits.chunks if costs.prefill_s_per_token * chunk <= spare)
-    return within or limits.chunks[:1]
+    within = _shorter(costs, limits, mix, limits.tpot_s)
+    if within and mix.prompt_tokens <= BACKLOG_STEPS * within[-1]:
+        return within
+    return _shorter(costs, limits, mix, LONG_STEP * limits.tpot_s) or limits.chunks[:1]
+
+
+def _shorter(costs: Costs, limits: Limits, mix: Mix, seconds: float) -> tuple[int, ...]:
+    """Budgets whose mixed steps would not last longer if they cost nothing of their own."""
+    spare = seconds - _around_s(costs, mix, 0.0)
+    return tuple(chunk for chunk in limits.chunks if costs.prefill_s_per_token * chunk <= spare)
 
 
 def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
@@ -220,16 +244,21 @@ def _around_s(costs: Costs, mix: Mix, overhead: float) -> float:
 
 
 def _within(costs: Costs, mix: Mix, limits: Limits, known: Mapping[int, float]) -> Balance:
-    """As many prefill tokens as keep a step within the bound, so that prompts wait as little as that allows. Steps
-    between two budgets are observed as the larger one's, so its overhead is theirs; the smaller one's until then."""
+    """As many prefill tokens as keep a step within the bound, so that prompts wait as little as that allows; unless too
+    many wait already, or no step is that short. Steps between two budgets are observed as the larger one's, so its
+    overhead is theirs; the smaller one's until then."""
     per_token, lasts = costs.prefill_s_per_token, {}
     for chunk, overhead in sorted(known.items()):
         lasts[chunk] = per_token * chunk + _around_s(costs, mix, overhead)
-    for chunk in sorted(known, reverse=True):
-        if lasts[chunk] <= limits.tpot_s:
-            larger = min((other for other in limits.chunks if other > chunk), default=chunk)
-            around = _around_s(costs, mix, known.get(larger, known[chunk]))
-            fitting = int((limits.tpot_s - around) / per_token)
-            fitting = max(chunk, min(fitting // CHUNK_STEP * CHUNK_STEP, larger))
-            return Balance(True, fitting, WITHIN, lasts)
-    return Balance(True, min(known), TIGHT, lasts)
+    best = max(chunk / seconds for chunk, seconds in lasts.items())
+    fast = min(chunk for chunk, seconds in lasts.items() if chunk / seconds >= NEARLY * best)
+    chunk = max((chunk for chunk, seconds in lasts.items() if seconds <= limits.tpot_s), default=None)
+    if chunk is None:
+        return Balance(True, fast, TIGHT, lasts)
+    larger = min((other for other in limits.chunks if other > chunk), default=chunk)
+    around = _around_s(costs, mix, known.get(larger, known[chunk]))
+    fitting = int((limits.tpot_s - around) / per_token) // CHUNK_STEP * CHUNK_STEP
+    fitting = max(chunk, min(fitting, larger))
+    if mix.prompt_tokens > BACKLOG_STEPS * fitting and fast > fitting:
+        return Balance(True, fast, BACKLOG, lasts)
+    return Balance(True, fitting, WITHIN, lasts)

@@ -39,11 +39,19 @@ class PendingTokens:
     ready: torch.cuda.Event | None
     launched_s: float
     spans: tuple[Span, ...] = ()  # of compression inside the step, where it is timed
+    since: torch.cuda.Event | None = (
+        None  # the end of the step before, or this one's launch if that came later
+    )
 
     def wait(self) -> list[int]:
         if self.ready is not None:
             self.ready.synchronize()
         return self.tokens.tolist()
+
+    def seconds(self) -> float | None:
+        """How long the device had the step, after `wait`; None where there are no events. The host's clock would count
+        the time in which it launches the next step to the one that has long ended."""
+        return None if self.since is None else self.since.elapsed_time(self.ready) / 1e3
 
 
 class Runner:
@@ -73,6 +81,7 @@ class Runner:
         self.device = pool.device
         self.places = places or {}  # streams by the names that a step's `place` may have
         self._stream = stream  # None: the device's default stream
+        self._ready: torch.cuda.Event | None = None  # of the newest step
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = self.small = None
         if use_graphs and backend.supports_graphs:
@@ -99,7 +108,7 @@ class Runner:
         """
         launched_s = time.perf_counter()
         with self._on_device(f"a step of {step.num_tokens} tokens"):
-            return self._launch(step, seeds, launched_s)
+            return self._launch(step, seeds, launched_s, self._since())
 
     @torch.inference_mode()
     def compress(self, job: CompressionJob) -> LaunchedJob:
@@ -123,7 +132,16 @@ class Runner:
                 "gpu_memory_utilization, which leaves a step more room beside the KV pool, or max_num_batched_tokens."
             ) from error
 
-    def _launch(self, step: Step, seeds: dict[str, int], launched_s: float) -> PendingTokens:
+    def _since(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda" or (self._ready is not None and not self._ready.query()):
+            return self._ready
+        now = torch.cuda.Event(enable_timing=True)  # the device is idle: it passes here at once
+        now.record()
+        return now
+
+    def _launch(
+        self, step: Step, seeds: dict[str, int], launched_s: float, since: torch.cuda.Event | None
+    ) -> PendingTokens:
         host = self.builder.build(step)
         if step.place is not None:
             self.compressor.stream = self.places[step.place]
@@ -132,7 +150,7 @@ class Runner:
         else:
             logits, likeliest = self._forward(step, to_device(host, self.last_tokens)), None
         tokens = self._sample(step, logits, likeliest, host.sample_seats, seeds)
-        return self._pending(step, tokens, launched_s)
+        return self._pending(step, tokens, launched_s, since)
 
     def _forward(self, step: Step, batch: ForwardBatch) -> Tensor:
         watching = [
@@ -225,14 +243,16 @@ class Runner:
         self.last_tokens[upload([seats], self.device)[0]] = tokens
         return tokens
 
-    def _pending(self, step: Step, tokens: Tensor, launched_s: float) -> PendingTokens:
+    def _pending(
+        self, step: Step, tokens: Tensor, launched_s: float, since: torch.cuda.Event | None
+    ) -> PendingTokens:
         if self.device.type != "cuda":
             return PendingTokens(step, tokens, None, launched_s, self._spans(step))
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return PendingTokens(step, host, ready, launched_s, self._spans(step))
+        self._ready = torch.cuda.Event(enable_timing=True)
+        self._ready.record()
+        return PendingTokens(step, host, self._ready, launched_s, self._spans(step), since)
 
     def _spans(self, step: Step) -> tuple[Span, ...]:
         return () if step.decode or self.compressor is None else tuple(self.compressor.spans)

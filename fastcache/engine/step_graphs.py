@@ -65,7 +65,7 @@ class SmallSteps:
         ] = {}
         self._memory = torch.cuda.graph_pool_handle() if like.is_cuda else None
 
-    def move(self, home: torch.cuda.Stream) -> None:
+    def move(self, home: torch.cuda.Stream | None) -> None:
         """Steps run on another stream from here on."""
         self._streams.home = home
 
@@ -74,10 +74,9 @@ class SmallSteps:
         tokens = len(batch.input_ids)
         size = padded_tokens(tokens)
         self.fill(batch, size)
-        key = (self._streams.home, size)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(size)
-        pieces, hidden = self._graphs[key]
+        if (self._streams.home, size) not in self._graphs:
+            self._capture_all()
+        pieces, hidden = self._graphs[self._streams.home, size]
         for layer, piece in enumerate(pieces[:-1]):
             piece.replay()
             q, k, v = (each[layer, :tokens] for each in self._qkv)
@@ -99,9 +98,17 @@ class SmallSteps:
         ids, positions, slots = self._inputs[:, :size]
         return self._model(ids, positions, attend, places=self._places(slots))
 
+    def _capture_all(self) -> None:
+        """All sizes at once, so that no later step waits for a capture; the largest first, whose memory the others
+        use again."""
+        for size in range(MOST_TOKENS, 0, -SIZE_STEP):
+            self._graphs[self._streams.home, size] = self._capture(size)
+
     def _capture(self, size: int) -> tuple[list[torch.cuda.CUDAGraph], Tensor]:
         """Run once without graphs, so that kernels are compiled, then capture: each attention ends a piece and begins
-        the next. The first run stores entries that are not this step's, in slots that the replay then fills."""
+        the next. Nothing is stored meanwhile."""
+        slots = self._inputs[2].clone()
+        self._inputs[2].fill_(-1)
         self.forward(size, lambda layer, q, k, v: self._attended[:size])
         stream = torch.cuda.current_stream()
         side = self._streams.beside(stream)
@@ -120,4 +127,5 @@ class SmallSteps:
 
             hidden = self.forward(size, cut)
         stream.wait_stream(side)
+        self._inputs[2].copy_(slots)
         return pieces, hidden

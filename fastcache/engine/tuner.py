@@ -11,7 +11,7 @@ from collections import Counter, deque
 from typing import Any
 
 from fastcache.core import Sequence, Step
-from fastcache.engine.observed import TRIALS, Observed
+from fastcache.engine.observed import TRIALS, Observed, tells
 from fastcache.engine.policy import (
     AFTER,
     BESIDE,
@@ -29,7 +29,8 @@ from fastcache.engine.policy import (
 )
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, Load, Turn
 
-MOST_TRIALS = 9
+# A trial may come to nothing: the first steps of a kind, and those that the host held up, are not observed.
+MOST_TRIALS = 16
 # Trying may cost this share of the time that the engine has run.
 TRYING_SHARE = 0.01
 TRIED, NOTHING = "tried, to measure it", "nothing to balance"
@@ -128,7 +129,9 @@ class Tuner:
         if not (pending and decoding and self.limits.chunks):
             return Balance(False, None, NOTHING)
         observed = self.observed
-        self._mix = mix = Mix(pending, decoding, load.at_once, load.blocked, observed.kv_bytes)
+        self._mix = mix = Mix(
+            pending, decoding, load.at_once, load.blocked, observed.kv_bytes, load.prefill_tokens
+        )
         untried = self._untried(worth_trying(observed.costs, self.limits, mix), observed.mixed)
         if untried is not None and self._may_try():
             return Balance(True, untried, TRIED)
@@ -154,7 +157,8 @@ class Tuner:
         chosen = self._chosen
         if chosen.reason != NOTHING:
             tried |= chosen.reason == TRIED
-            self._trials[chosen.chunk] += chosen.reason == TRIED
+            tokens = sum(chunk.length for chunk in prompts)
+            self._trials[chosen.chunk] += chosen.reason == TRIED and tells(chosen.chunk, tokens)
             choice = "together" if chosen.together else "prefill alone"
             self._note(("balance", choice, chosen.reason), self._mix, chosen)
         self._tried.append(tried)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastcache import LLM, SamplingParams
-from fastcache.engine.policy import NOT_MEASURED, TIGHT, WITHIN
+from fastcache.engine.policy import BACKLOG, NOT_MEASURED, TIGHT, WITHIN
 from fastcache.engine.tuner import TRIED
 
 pytestmark = [
@@ -126,7 +126,7 @@ def test_a_bound_on_the_time_per_token_changes_no_token(folder, wanted, bound):
         assert [done[i] for i in range(len(work))] == alone["None"]
     assert llm.stats().mixed_steps > 0
     decided = [d for d in llm.decisions()["decisions"] if d["about"] == "balance"]
-    assert {d["reason"] for d in decided} <= {NOT_MEASURED, TRIED, WITHIN, TIGHT}
+    assert {d["reason"] for d in decided} <= {NOT_MEASURED, TRIED, WITHIN, TIGHT, BACKLOG}
     llm.close()
 
 
@@ -142,3 +142,28 @@ def test_mixed_steps_through_flashinfer_give_the_tokens_of_pure_ones(tiny_model)
     # bfloat16 rounds differently in steps of another size, and after one other token all that follow differ.
     same = sum(a == b for i in mixed for a, b in zip(mixed[i], pure[i], strict=True))
     assert same > 0.7 * sum(len(tokens) for tokens in mixed.values())
+
+
+@pytest.mark.parametrize("partition", [None, {**PARTITION, "bound": True}], ids=["whole", "partition"])
+@pytest.mark.parametrize("compression", [None, METHODS[1]], ids=["full", "compressed"])
+def test_small_steps_in_pieces_give_the_tokens_of_eager_ones(tiny_model, compression, partition):
+    """Real graphs between attentions; steps are timed by the device, none of them at no time at all."""
+    pytest.importorskip("flashinfer")
+    folder = tiny_model("qwen3", 8, 2, 128, 256, 3, False)
+    options = {"dtype": "bfloat16", "attention_backend": "flashinfer", "tuning": "all"}
+    options |= {"tpot_bound_s": 0.002, "max_num_batched_tokens": 4096}
+    if partition is not None:
+        options["partition"] = partition
+    work = work_of(random.Random(4), 24)
+    eager = engine(folder, compression, enforce_eager=True, **options)
+    want = arriving(eager, work, random.Random(5))
+    llm = engine(folder, compression, **options)
+    assert llm._runner.small is not None and eager._runner.small is None
+    got = arriving(llm, work, random.Random(5))
+    stats = llm.stats()
+    assert llm._runner.small._graphs and stats.mixed_steps > 0
+    assert stats.mixed_time_s > 1e-5 * stats.mixed_steps
+    # As above: another padding rounds differently, and after one other token all that follow differ.
+    same = sum(a == b for i in got for a, b in zip(got[i], want[i], strict=True))
+    assert same > 0.7 * sum(len(tokens) for tokens in got.values())
+    llm.check_books()

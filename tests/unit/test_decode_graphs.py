@@ -37,7 +37,7 @@ def captured(monkeypatch: pytest.MonkeyPatch):
     graphs.append(DecodeGraphs(lambda *_: (torch.zeros(1), torch.zeros(1)), None, torch.zeros(5), 4))
 
     def capture(home: str | None, current: str, size: int) -> list[str | None]:
-        graphs[0].home = home and Stream(home)
+        graphs[0].move(home and Stream(home))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(current))
         graphs[0]._capture(size)
         return streams

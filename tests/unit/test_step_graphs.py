@@ -76,9 +76,7 @@ def simulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimulatedGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: NoStream())
     monkeypatch.setattr(step_graphs.CaptureStream, "beside", lambda self, current: NoStream())
-    monkeypatch.setattr(
-        SmallSteps, "_capture", lambda self, size: (sizes.append(size), real(self, size))[1]
-    )
+    monkeypatch.setattr(SmallSteps, "_capture", lambda self, size: (sizes.append(size), real(self, size))[1])
     return sizes
 
 
@@ -132,11 +130,16 @@ def test_small_steps_in_pieces_give_the_tokens_of_whole_ones(tiny_model, simulat
     want = tokens_of(engine(folder, compression, in_pieces=False))
     assert not simulated
     assert tokens_of(engine(folder, compression, in_pieces=True)) == want
-    assert sorted(simulated) == [64, 128]  # each size once
+    assert simulated == list(range(MOST_TOKENS, 0, -SIZE_STEP))  # each size once, before the first small step
 
 
 def test_steps_are_padded_to_whole_tiles():
-    assert [padded_tokens(n) for n in (1, SIZE_STEP, SIZE_STEP + 1, MOST_TOKENS)] == [64, 64, 128, MOST_TOKENS]
+    assert [padded_tokens(n) for n in (1, SIZE_STEP, SIZE_STEP + 1, MOST_TOKENS)] == [
+        64,
+        64,
+        128,
+        MOST_TOKENS,
+    ]
 
 
 def test_the_buffers_take_what_is_kept_free_for_them(tiny_model):

@@ -101,7 +101,7 @@ def test_speed_with_compression(line):
     ]
 
 
-def test_repeats_and_the_prefix_cache():
+def test_repeats_first_tokens_and_the_prefix_cache():
     repeated = [row for row in ROWS if len(row["repeats"]["values"]) > 1]
     widest = max(row["repeats"]["spread"] for row in repeated)
     assert f"they differ by at most {100 * widest:.1f} %" in said(WITH)
@@ -109,6 +109,10 @@ def test_repeats_and_the_prefix_cache():
     assert closest / LEAST[64, 3072] - 1 < widest and "held by less than repeats differ" in said(WON)
     assert all(speed(row) == min(row["repeats"]["values"]) for row in ROWS)
     cached = row_of(64, 3968, 128, None, enable_prefix_caching=True)
+    full, row = (row_of(64, 3968, 128, factor) for factor in (None, 5))
+    first, later = (each["ttft_s"]["p50"] for each in (full, row))
+    step = row["stage_s"]["prefill"] / row["steps"]["prefill"]
+    assert f"after {later:.2f} s instead of {first:.2f}" in said(WITH) and 0.45 < (later - first) / step < 0.6
     assert f"{speed(cached):,.0f} instead of {speed(row_of(64, 3968, 128, None)):,.0f} at 64" in said(WITH)
 
 

@@ -72,7 +72,8 @@ def test_the_devices_are_those_the_user_left_visible(monkeypatch, value, devices
 def test_the_slurm_profile_plans_every_shipped_gpu_config(workplace, succeed):
     (workplace.folder / "config.yaml").write_text((ROOT / "config/paper.yaml").read_text())
     planned = succeed(workplace.snakemake(*SLURM, "--dry-run"))
-    assert re.search(r"^measure_cell +150$", planned, re.MULTILINE)
+    assert re.search(r"^measure_cell +159$", planned, re.MULTILINE)
+    assert re.search(r"^measure_quality +15$", planned, re.MULTILINE)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-ins for SLURM are shell scripts")

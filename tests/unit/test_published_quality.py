@@ -115,3 +115,14 @@ def test_almost_half_of_the_heads_keep_less_than_snapkvs_window():
     (shares,) = (each["shares"] for each in made["budgets"] if each["compression_ratio"] == 0.8)
     short = [share * 1024 < 64 for layer in shares for share in layer]
     assert 0.45 < sum(short) / len(short) < 0.5
+
+
+def test_the_readme_says_what_a_fifth_of_the_bytes_still_finds():
+    by_name = {(name(row), round(row["kv_bytes_share"], 1)): found(row) for row in BUDGETS}
+    best = by_name["observed_attention, budgets, fp8", 0.2].split()[0]
+    whole, equal = by_name["whole cache", 1.0].split()[0], by_name["observed_attention", 0.2].split()[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert (
+        f"finds {best} of the facts that are asked for after compression, the whole cache {whole};" in readme
+    )
+    assert f"with equal budgets it finds {equal}." in readme

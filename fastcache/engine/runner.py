@@ -189,7 +189,7 @@ class Runner:
             return attend(layer, q, k, v)
 
         rows = None if every else batch.sample_rows
-        return self.model(batch.input_ids, batch.positions, store_and_attend, embeddings, places, rows)
+        return self.model(batch.input_ids, batch.positions, store_and_attend, embeddings, places, rows=rows)
 
     def _keep_logprobs(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> None:
         """What the model says comes after each prompt token, for requests that ask. hidden: (T, hidden_size)."""

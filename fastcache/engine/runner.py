@@ -39,9 +39,7 @@ class PendingTokens:
     ready: torch.cuda.Event | None
     launched_s: float
     spans: tuple[Span, ...] = ()  # of compression inside the step, where it is timed
-    since: torch.cuda.Event | None = (
-        None  # the end of the step before, or this one's launch if that came later
-    )
+    since: torch.cuda.Event | None = None  # where its time begins: see `Runner._since`
 
     def wait(self) -> list[int]:
         if self.ready is not None:
@@ -133,6 +131,7 @@ class Runner:
             ) from error
 
     def _since(self) -> torch.cuda.Event | None:
+        """The end of the step before, or now if that is over; None without events."""
         if self.device.type != "cuda" or (self._ready is not None and not self._ready.query()):
             return self._ready
         now = torch.cuda.Event(enable_timing=True)  # the device is idle: it passes here at once

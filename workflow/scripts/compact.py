@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -70,12 +70,8 @@ def bars(
     end: str | None = None,
 ) -> None:
     """A bar of `field` and its number behind `end`, or behind the bar; more: what to write after it, of a cell."""
-    for y, row in lines:
-        value = getattr(row, field)
-        if pd.isna(value):
-            missing(ax, y, row.status)
-            continue
-        value *= scale
+    for y, row in _numbers(ax, lines, field):
+        value = getattr(row, field) * scale
         ax.barh(y, value, height=0.8, color=plotting.colour(row.series))
         ax.text(
             getattr(row, end) * scale if end else value,
@@ -92,15 +88,20 @@ def spans(
     ax: Axes, lines: Sequence[tuple[float, Any]], low: str, high: str | None, scale: float = 1.0
 ) -> None:
     """A mark at `low`, a line from there to `high`."""
-    for y, row in lines:
-        value = getattr(row, low)
-        if pd.isna(value):
-            missing(ax, y, row.status)
-            continue
-        look = {"color": plotting.colour(row.series)}
+    for y, row in _numbers(ax, lines, low):
+        value, look = getattr(row, low) * scale, {"color": plotting.colour(row.series)}
         if high is not None:
-            ax.hlines(y, value * scale, getattr(row, high) * scale, linewidth=1.6, alpha=0.55, **look)
-        ax.scatter(value * scale, y, s=20, zorder=3, edgecolors="white", linewidths=0.5, **look)
+            ax.hlines(y, value, getattr(row, high) * scale, linewidth=1.6, alpha=0.55, **look)
+        ax.scatter(value, y, s=20, zorder=3, edgecolors="white", linewidths=0.5, **look)
+
+
+def _numbers(ax: Axes, lines: Sequence[tuple[float, Any]], field: str) -> Iterator[tuple[float, Any]]:
+    """Lines that have a number; the others say why they have none."""
+    for y, row in lines:
+        if pd.isna(getattr(row, field)):
+            missing(ax, y, row.status)
+        else:
+            yield y, row
 
 
 def missing(ax: Axes, y: float, why: str) -> None:

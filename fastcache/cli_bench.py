@@ -19,8 +19,8 @@ from fastcache.bench.matrix import CellConfig, Expansion, expand
 from fastcache.bench.provenance import source_digest
 from fastcache.bench.resume import load_rows, standing
 from fastcache.bench.row import check_writable, write_json
-from fastcache.bench.supervise import run_cell
 from fastcache.bench.table import enrich, format_table
+from fastcache.bench.warm import run_cell
 from fastcache.cli_matrix import add_arguments, matrix_config
 from fastcache.errors import ModelFolderError
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.row import check_writable, write_json
-from fastcache.bench.supervise import run_cell
+from fastcache.bench.warm import run_cell
 from fastcache.errors import ConfigError
 
 

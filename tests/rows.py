@@ -168,6 +168,7 @@ def _measured(cell: CellConfig) -> dict[str, Any]:
         "tpot_quantiles_s": [0.01 + 0.0001 * i for i in range(21)],
         "kv_timeline": None,
         "clocks": None,
+        "process_cells_before": 0,
         "start_to_first_token_s": 4.0 + noise,
         "ceiling_copy_bytes_s": 3e10,
         "ceiling_gemm_flop_s": 1e11,

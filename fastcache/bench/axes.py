@@ -28,6 +28,7 @@ MATRIX_KEYS = (
     "machine",
     "measure",
 )
+MACHINE_KEYS = ("memory_gib", "keep_process_s")
 ENGINE_KEYS = (
     "dtype",
     "kv_dtype",
@@ -106,7 +107,7 @@ def _variants(
 
 def memory_gib(config: Mapping[str, Any]) -> float | None:
     """The device's memory as the config gives it, to judge beforehand what can be there."""
-    value = _section(config, "machine", ("memory_gib",)).get("memory_gib")
+    value = _section(config, "machine", MACHINE_KEYS).get("memory_gib")
     number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
     require(value is None or number, f"machine.memory_gib is {value!r}; allowed is a positive number of GiB.")
     return value

@@ -1,4 +1,4 @@
-"""One cell measured: load once, warm up, run the timed rounds, tell what happened. Runs in its own process.
+"""One cell measured: load once, warm up, run the timed rounds, tell what happened. Runs in a process for measuring.
 
 `python -m fastcache.bench.cell CELL.json RESULT.json` is what the supervisor starts; it writes a result for
 every error Python can catch. What it cannot catch (a kill, an abort, a hang) is the supervisor's to tell.
@@ -41,9 +41,12 @@ NOISY_SPREAD = 0.1
 BUSY_SHARE = 0.1  # of the host's CPU threads: above it, other processes show in the times
 
 
-def measure_cell(cell: CellConfig, make_llm: Callable[..., Any] | None = None) -> dict[str, Any]:
-    """The row of `cell`, whatever Python can catch. `make_llm` stands in for `fastcache.LLM` in tests."""
-    row = blank_row(cell)
+def measure_cell(
+    cell: CellConfig, make_llm: Callable[..., Any] | None = None, cells_before: int = 0
+) -> dict[str, Any]:
+    """The row of `cell`, whatever Python can catch. `make_llm` stands in for `fastcache.LLM` in tests; this process has
+    measured `cells_before` other cells."""
+    row = blank_row(cell) | {"process_cells_before": cells_before}
     try:
         if make_llm is None:
             from fastcache import LLM as make_llm
@@ -61,7 +64,7 @@ def _measure(cell: CellConfig, row: dict[str, Any], make_llm: Callable[..., Any]
     try:
         facts = llm.describe()
         row |= engine_facts(facts) | partition_facts(cell, facts)
-        row["start_to_first_token_s"] = start_to_first_token(llm)
+        row["start_to_first_token_s"] = start_to_first_token(llm, row["process_cells_before"])
         limits = ceilings.measure(facts["device"])
         log.info("ceilings of this device: %s", limits)
         row |= {"ceiling_copy_bytes_s": limits.copy_bytes_s, "ceiling_gemm_flop_s": limits.gemm_flop_s}

@@ -35,7 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What cells of one kind of device have shown: medians over rows."""
+    """What cells of one kind of device have shown: medians over rows, and the mean of what a process's start cost."""
 
     start_s: float
     prefill_flop_s: float
@@ -70,11 +70,12 @@ def from_row(cell: CellConfig, row: Row) -> Estimate:
 
 def rates_of(rows: Sequence[Row]) -> Rates | None:
     """Median rates of rows that have their ceilings and shares; None if none has."""
-    full = [r for r in rows if r.get("prefill_mfu") and r.get("decode_mbu") and r["start_to_first_token_s"]]
+    full = [r for r in rows if r.get("prefill_mfu") and r.get("decode_mbu")]
     if not full:
         return None
     return Rates(
-        statistics.median(r["start_to_first_token_s"] for r in full),
+        # A cell whose process had measured another one started no process: what a cell cost at its start, on average.
+        statistics.fmean(r.get("start_to_first_token_s") or 0.0 for r in full),
         statistics.median(r["prefill_mfu"] * r["ceiling_gemm_flop_s"] for r in full),
         statistics.median(r["decode_mbu"] * r["ceiling_copy_bytes_s"] for r in full),
         full[0]["device"].get("memory_bytes"),

@@ -14,7 +14,7 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
     engine:       {dtype, kv_dtype, device, gpu_mem_util, page_size, max_model_len, max_num_batched_tokens,
                    num_pages, enable_prefix_caching, attention_backend, enforce_eager,
                    immediate_release}
-    machine:      {memory_gib}, with which cells that cannot fit are left out
+    machine:      {memory_gib}, with which cells that cannot fit are left out; {keep_process_s}, see bench/warm.py
     measure:      {repeats, warmup, seed, timeout_s}
 """
 

@@ -26,6 +26,7 @@ UNMEASURED = (
     "bench/resume.py",
     "bench/supervise.py",
     "bench/table.py",
+    "bench/warm.py",
     "device/doctor*.py",
     "models/fetch.py",
     "models/gguf*.py",

@@ -19,13 +19,14 @@ CPU_WARMUP_TOKENS, GPU_WARMUP_TOKENS = 16, 3
 MEASURING_ROUNDS, MEASURING_SHARE, MEASURING_TOKENS = 16, 4, 4
 
 
-def start_to_first_token(llm: Any) -> float | None:
-    """Seconds from this process's start to the first token of its first request; None if nobody noted the start."""
+def start_to_first_token(llm: Any, cells_before: int = 0) -> float | None:
+    """Seconds from this process's start to the first token of its first request; None if nobody noted the start, or if
+    it has measured `cells_before` other cells, where that request is made all the same: each cell then goes alike."""
     started = os.environ.pop(STARTED_VARIABLE, None)
-    if started is None:
+    if started is None and not cells_before:
         return None
     llm.generate([[1, 1, 1]], [SamplingParams(max_tokens=1, ignore_eos=True)])
-    return time.monotonic() - float(started)
+    return None if started is None or cells_before else time.monotonic() - float(started)
 
 
 def warmup_tokens(kind: str, batch: Batch) -> int | None:

@@ -68,6 +68,7 @@ MEASURED = (
     "tpot_quantiles_s",
     "kv_timeline",
     "clocks",
+    "process_cells_before",
     "start_to_first_token_s",
     "ceiling_copy_bytes_s",
     "ceiling_gemm_flop_s",

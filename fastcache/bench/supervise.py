@@ -33,22 +33,26 @@ PR_SET_PDEATHSIG = 1
 SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 
+Outcome = tuple[Any | None, dict[str, Any]]
+
+
 def run_cell(
-    cell: Any, command: Sequence[str] = CHILD, blank: Callable[[Any], dict[str, Any]] = blank_row
+    cell: Any,
+    command: Sequence[str] = CHILD,
+    blank: Callable[[Any], dict[str, Any]] = blank_row,
+    run: Callable[[dict[str, Any], float, Sequence[str]], Outcome] | None = None,
 ) -> dict[str, Any]:
     """The row of `cell`, whatever happens to the process that measures it.
 
     `command` gets two more arguments: the file with the cell, and the file to write its row to. `blank` makes the
-    row of a cell of which nothing is measured.
+    row of a cell of which nothing is measured. `run` stands in for `run_child`.
     """
-    row, problem = run_child(cell.to_dict(), cell.timeout_s, command)
-    timed_out = problem.get("status") == "timeout"
-    return blank(cell) | problem if timed_out or row is None else row
+    row, problem = (run or run_child)(cell.to_dict(), cell.timeout_s, command)
+    late = problem.get("status") == "timeout"
+    return blank(cell) | problem if late or row is None else row
 
 
-def run_child(
-    content: dict[str, Any], timeout_s: float, command: Sequence[str]
-) -> tuple[Any | None, dict[str, Any]]:
+def run_child(content: dict[str, Any], timeout_s: float, command: Sequence[str]) -> Outcome:
     """(what the child wrote, as far as it came; the fields of a failure, none if it ended by itself and wrote).
 
     `command` gets two more arguments: the file with `content`, and the file to write to.
@@ -60,7 +64,7 @@ def run_child(
         child = subprocess.Popen(
             [*command, str(source), str(target)],
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
+            stdout=own_stderr(),
             env=child_environment(started),
             start_new_session=True,
         )
@@ -68,16 +72,18 @@ def run_child(
         try:
             code = child.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            message = (
-                f"no result after {timeout_s:g} s; the process was ended. Raise timeout_s to wait longer."
-            )
-            problem = failure("timeout", "Timeout", message)
+            problem = timed_out(timeout_s)
         finally:
             end(child)
         wrote = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else None
         if not problem and (wrote is None or code != 0):
             problem = failure("crashed", "ProcessDied", how_it_died(code, time.monotonic() - started))
         return wrote, problem
+
+
+def timed_out(timeout_s: float) -> dict[str, Any]:
+    message = f"no result after {timeout_s:g} s; the process was ended. Raise timeout_s to wait longer."
+    return failure("timeout", "Timeout", message)
 
 
 def child_environment(started: float) -> dict[str, str]:
@@ -110,8 +116,9 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _has_descriptor(stream: Any) -> bool:
+def own_stderr() -> int:
+    """Where a child's messages go: a descriptor, or `subprocess.DEVNULL` if this process has none."""
     try:
-        return stream.fileno() >= 0
+        return sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
-        return False
+        return subprocess.DEVNULL

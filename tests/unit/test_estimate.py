@@ -60,6 +60,19 @@ def test_a_new_cell_is_counted_at_the_rates_that_rows_have_shown():
         assert found[cell.id].source == "counted work at rates seen on Example CPU"
 
 
+def test_cells_that_started_no_process_share_the_start_of_the_one_that_did():
+    small = cells(batch_sizes=[1])[0]
+    first = row(small, start_to_first_token_s=4.0)
+    later = row(small, start_to_first_token_s=None, process_cells_before=1)
+
+    def seconds(*seen) -> float:
+        return estimates(cells(), list(seen))[cells()[0].id].seconds
+
+    assert seconds(first, later) == pytest.approx(seconds(first) - 2) and seconds(later) == pytest.approx(
+        seconds(first) - 4
+    )
+
+
 def test_a_small_pool_means_more_steps():
     seen = row(cells(batch_sizes=[1])[0])
     whole, halved = (

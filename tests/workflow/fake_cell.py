@@ -16,10 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+from fastcache.bench import warm, worker
 from fastcache.bench.matrix import CellConfig
 from fastcache.bench.provenance import source_digest
 from fastcache.bench.row import write_json
-from fastcache.bench.supervise import die_with_parent, run_cell
+from fastcache.bench.supervise import die_with_parent
 
 
 def fault_of(cell: CellConfig) -> str:
@@ -37,15 +38,15 @@ def supervise(plan: Path, target: Path) -> int:
         return 2
     if fault == "supervisor-killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    write_json(target, run_cell(cell, (sys.executable, __file__)))
+    warm.WORKER = (sys.executable, __file__, "--worker")
+    write_json(target, warm.run_cell(cell, (sys.executable, __file__)))
     return 0
 
 
-def measure(source: Path, target: Path) -> None:
+def measure(content: dict, cells_before: int) -> dict:
     from rows import failed_row, row
 
-    die_with_parent()
-    cell = CellConfig.from_dict(json.loads(source.read_text(encoding="utf-8")))
+    cell = CellConfig.from_dict(content)
     fault = fault_of(cell)
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -58,10 +59,20 @@ def measure(source: Path, target: Path) -> None:
     if fault == "hang":
         time.sleep(600)
     made = failed_row(cell, fault, f"injected {fault}") if fault in ("oom", "failed") else row(cell)
-    write_json(target, made | {"source_digest": source_digest()})
+    with Path("processes.txt").open("a", encoding="utf-8") as note:
+        note.write(f"{os.getpid()} {cells_before}\n")
+    sys.stderr.write(f"said by {cell.id}\n")
+    return made | {"source_digest": source_digest(), "process_cells_before": cells_before}
+
+
+def measure_alone(source: Path, target: Path) -> None:
+    die_with_parent()
+    write_json(target, measure(json.loads(source.read_text(encoding="utf-8")), 0))
 
 
 if __name__ == "__main__":
     if "--output" in sys.argv:
         raise SystemExit(supervise(Path(sys.argv[1]), Path(sys.argv[3])))
-    measure(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "--worker":
+        worker.main(sys.argv[2:], measure)
+    measure_alone(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -32,6 +32,41 @@ def test_each_cell_has_a_gpu_of_its_own(workplace, succeed, monkeypatch):
         assert name != other or end <= start
 
 
+def test_cells_of_a_run_share_a_process_for_each_gpu_where_the_config_says_so(
+    workplace, succeed, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a,fake-b")
+    monkeypatch.setenv("FAKE_TOGETHER", "2")
+    shared = {"engine": {"device": "cuda"}, "machine": {"keep_process_s": 600}}
+    workplace.configure(batch_sizes=[1, 2, 3], **shared)
+    succeed(workplace.snakemake("--resources", "gpu=2", "--", "results/rows.jsonl"))
+    pids, before = zip(
+        *(line.split() for line in (workplace.folder / "processes.txt").read_text().splitlines()), strict=True
+    )
+    assert len(set(pids)) == 2 and before.count("0") == 2 and len(pids) == 6
+    assert sorted(row["process_cells_before"] for row in workplace.rows().values()) == sorted(
+        map(int, before)
+    )
+    for log in (workplace.folder / "results/logs/cells").iterdir():
+        said = log.read_text()
+        assert said.count("said by") == 1 and f"said by {log.stem}\n" in said
+    wait_for_end(pids)  # long before ten minutes: their run is over
+    assert len(workplace.measured()) == 6
+    workplace.configure(batch_sizes=[1, 2, 3], engine={"device": "cuda"})
+    succeed(workplace.snakemake("--", "results/rows.jsonl"))
+    assert not workplace.measured()  # another time to keep is no reason to measure again
+
+
+def wait_for_end(pids):
+    end = time.monotonic() + 60
+    while any(
+        Path("/proc", pid).exists() and "State:\tZ" not in Path("/proc", pid, "status").read_text()
+        for pid in pids
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_cell_that_names_its_device_keeps_it(workplace, succeed, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a,fake-b")
     workplace.configure(variants=["baseline"], engine={"device": "cuda:1"})

@@ -52,9 +52,16 @@ SERVING_FIGURES = expand(
 if stale_lock.clear_if_dead():
     logger.warning("The last run here was killed; its lock is removed.")
 
+# How long a process that measured a cell waits for the next. In the environment, and not in a rule: no reason to measure
+# again. A value that the user's environment has comes before the config's.
+KEEP_PROCESS_S = os.environ.get("FASTCACHE_KEEP_PROCESS_S") or str(
+    config.get("machine", {}).get("keep_process_s", 0)
+)
+
 # Jobs find this environment's `python` and `fastcache` without it being activated.
 shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    f"export FASTCACHE_KEEP_PROCESS_S={shlex.quote(KEEP_PROCESS_S)}; "
 )
 
 

@@ -101,6 +101,9 @@ def main() -> int:
     devices = visible_devices() if wanted(cell.device) else []
     if devices:
         os.environ[VARIABLE], _token = take(devices)  # the token is given back when this process ends
+    os.environ["FASTCACHE_RUN_PID"] = str(
+        os.getppid()
+    )  # with the run ends a process that waits for its next cell
     started = time.monotonic()
     code = measure(cell, args.plan, args.row, args.command, args.log)
     if code == USER_ERROR:

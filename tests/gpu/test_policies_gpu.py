@@ -103,8 +103,9 @@ def test_compression_after_prefill_races_with_nothing(folder, partition):
 def test_a_tuned_engine_tries_its_places_and_keeps_its_books(folder, bound):
     llm = engine(folder, METHODS[1], tuning="all", partition={**PARTITION, "bound": bound})
     rng = random.Random(3)
-    for _ in range(8):
+    for each in range(8):
         llm.reset_stats()
+        llm.explore(freely=each < 6)
         work = work_of(rng, 24)
         done = arriving(llm, work, rng)
         assert all(len(done[i]) == count for i, (_, count) in enumerate(work))

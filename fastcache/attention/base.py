@@ -62,10 +62,17 @@ class AttentionBackend(ABC):
         """Where `store` would put them, for a kernel that has them in hand anyway; None if only `store` can."""
         return self.pool.place(layer, slot_mapping)
 
-    @abstractmethod
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """q: (T, H, d); k, v: (T, Hk, d), the step's new entries, stored already where they have a slot.
-        Returns (T, H, d)."""
+        out: contiguous (T, H, d) to write to; a new one without. Returns it."""
+        if out is None:
+            out = q.new_empty(q.shape)
+        self._write(layer, q, k, v, out)
+        return out
+
+    @abstractmethod
+    def _write(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """`run` into all rows of `out`, which may hold anything before."""
 
 
 def page_readers(host: HostBatch) -> int:

@@ -19,7 +19,8 @@ from fastcache.core import ForwardBatch, HostBatch
 from fastcache.errors import UnsupportedCombination
 from fastcache.kvcache.pool import KVPool
 
-Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Layer, all of a step's q, k, v, and where the result goes: writes its own rows of it.
+Part = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 Pages = tuple[np.ndarray, np.ndarray, np.ndarray]  # indptr, page numbers, entries in the last page
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -28,6 +29,7 @@ HEAD_DIMS = (64, 128, 256)
 HOPPER = 9
 # Queries that share a KV head form one tile of a matrix product. docs/performance.md has the step times of both.
 TENSOR_CORES = True
+ALL_ROWS = slice(None)
 
 
 def unsupported(pool: KVPool, device: torch.device) -> str | None:
@@ -52,7 +54,7 @@ class _GraphDecode:
     wrapper: object
     last_page_len: Tensor
     planned: tuple[np.ndarray, np.ndarray] | None = None  # indptr and page numbers of the last plan
-    run: Run | None = None  # what it planned
+    part: Part | None = None  # what it planned
 
 
 class FlashInfer(AttentionBackend):
@@ -80,6 +82,8 @@ class FlashInfer(AttentionBackend):
         self._eager = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace, "HND", use_tensor_cores=TENSOR_CORES, backend="fa2"
         )
+        self._entries = tuple(zip(pool.keys, pool.values, strict=True))  # pages by layer
+        self._parts: tuple[Part, ...] = ()  # of the step that is planned
         self._graph: dict[int, _GraphDecode] = {}
         self._planned = torch.cuda.Event()
 
@@ -89,17 +93,13 @@ class FlashInfer(AttentionBackend):
         self._planned.synchronize()
         host = batch.host
         if host.decode:
-            self._run = self._plan_decode(self._eager, self._pages(host.kv_lens, host.page_table))
+            self._parts = (self._plan_decode(self._eager, self._pages(host.kv_lens, host.page_table)),)
         elif not host.decode_rows:
-            self._run = self._plan_prefill(host)
+            self._parts = self._plan_prefill(host)
         else:
             first, rest = split_mixed(host)
-            prefill = self._plan_prefill(first)
-            decode = self._plan_decode(self._eager, self._pages(rest.kv_lens, rest.page_table))
-            t = len(first.positions)
-            self._run = lambda layer, q, k, v: torch.cat(
-                (prefill(layer, q[:t], k[:t], v[:t]), decode(layer, q[t:], k[t:], v[t:]))
-            )
+            pages, rows = self._pages(rest.kv_lens, rest.page_table), slice(len(first.positions), None)
+            self._parts = (*self._plan_prefill(first), self._plan_decode(self._eager, pages, rows))
         self._planned.record()
 
     def plan_graph(self, host: HostBatch) -> None:
@@ -112,10 +112,10 @@ class FlashInfer(AttentionBackend):
             decode.last_page_len.copy_(_pinned(last), non_blocking=True)
         else:
             self._planned.synchronize()
-            decode.run = self._plan_decode(decode.wrapper, pages)
+            decode.part = self._plan_decode(decode.wrapper, pages)
             self._planned.record()
             decode.planned = (indptr, indices)
-        self._run = decode.run
+        self._parts = (decode.part,)
 
     def _graph_decode(self, size: int) -> _GraphDecode:
         def buffer(length: int) -> Tensor:
@@ -148,7 +148,7 @@ class FlashInfer(AttentionBackend):
         indptr, indices, last = map(_pinned, pages)
         return indptr, indices.to(self.pool.device, non_blocking=True), last
 
-    def _plan_decode(self, wrapper: object, pages: Pages) -> Run:
+    def _plan_decode(self, wrapper: object, pages: Pages, rows: slice = ALL_ROWS) -> Part:
         h = self.heads
         wrapper.plan(
             *self._on_device(pages),
@@ -160,42 +160,42 @@ class FlashInfer(AttentionBackend):
             kv_data_type=self.pool.shape.stored,
             sm_scale=self.scale,
         )
-        return lambda layer, q, k, v: wrapper.run(q, (self.pool.keys[layer], self.pool.values[layer]))
+        return lambda layer, q, k, v, out: self._read(wrapper, layer, q[rows], out[rows])
 
-    def _plan_prefill(self, host: HostBatch) -> Run:
+    def _plan_prefill(self, host: HostBatch) -> tuple[Part, ...]:
         h, dtype = self.heads, self.pool.shape.dtype
         shape, options = (h.num_heads, h.kv_heads, h.head_dim), {"causal": True, "sm_scale": self.scale}
         options["q_data_type"] = dtype
         b, readers = host.num_seqs, page_readers(host)
         t = int(host.cu_seqlens_q[readers])
+        parts: list[Part] = []
         if readers < b:
             cu_seqlens = _pinned(host.cu_seqlens_q[readers:] - t)
             self._ragged.plan(cu_seqlens, cu_seqlens, *shape, kv_data_type=dtype, **options)
+            own = slice(t, int(host.cu_seqlens_q[b]))
+            parts.append(lambda layer, q, k, v, out: self._attend(q, k, v, out, own))
         if readers:
             cu_seqlens = _pinned(host.cu_seqlens_q[: readers + 1])
             pages = self._on_device(self._pages(host.kv_lens[:readers], host.page_table[:readers]))
             options["kv_data_type"] = self.pool.shape.stored
             self._paged.plan(cu_seqlens, *pages, *shape, self.pool.page_size, **options)
-        if readers == 0:
-            return lambda layer, q, k, v: self._attend(q, k, v, 0)
-        if readers == b:
-            return lambda layer, q, k, v: self._read(layer, q)
-        return lambda layer, q, k, v: torch.cat(
-            (self._read(layer, q[:t]), self._attend(q[t:], k[t:], v[t:], t))
-        )
+            parts.append(lambda layer, q, k, v, out: self._read(self._paged, layer, q[:t], out[:t]))
+        return tuple(parts)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows_before: int) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: slice) -> None:
+        q, k, v, out = q[rows], k[rows], v[rows], out[rows]
         if not self.keep_lse:
-            return self._ragged.run(q, k, v)
-        out, lse = self._ragged.run(q, k, v, return_lse=True)
-        self.lse = F.pad(lse, (0, 0, rows_before, 0))
-        return out
+            self._ragged.run(q, k, v, out=out)
+            return
+        _, lse = self._ragged.run(q, k, v, out=out, return_lse=True)
+        self.lse = F.pad(lse, (0, 0, rows.start, 0))
 
-    def _read(self, layer: int, q: Tensor) -> Tensor:
-        return self._paged.run(q, (self.pool.keys[layer], self.pool.values[layer]))
+    def _read(self, wrapper: object, layer: int, q: Tensor, out: Tensor) -> None:
+        wrapper.run(q, self._entries[layer], out=out)
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._run(layer, q, k, v)
+    def _write(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        for part in self._parts:
+            part(layer, q, k, v, out)
 
 
 def _pinned(numbers: np.ndarray) -> Tensor:

@@ -98,16 +98,15 @@ class RaggedAttention(AttentionBackend):
     def place(self, layer: int, slot_mapping: Tensor) -> KVPlace | None:
         return self.dense.place(layer, slot_mapping) if self._rows is None else None
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _write(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         if self._rows is None:
-            return self.dense.run(layer, q, k, v)
-        if self._apart is None:
-            return self._attend(layer, q, self._rows)
-        plain, others, rows = self._apart
-        out = torch.empty_like(q)
-        out[plain] = self.dense.run(layer, q[plain], k[plain], v[plain])
-        out[others] = self._attend(layer, q[others], rows)
-        return out
+            self.dense.run(layer, q, k, v, out)
+        elif self._apart is None:
+            self._attend(layer, q, self._rows, out)
+        else:
+            plain, others, rows = self._apart
+            out[plain] = self.dense.run(layer, q[plain], k[plain], v[plain])
+            out[others] = self._attend(layer, q[others], rows)
 
     def _head_rows(self, layer: int, rows: Rows) -> HeadRows:
         return HeadRows(self.layouts.packed[rows.seats], layer, self.heads.kv_heads)
@@ -118,8 +117,9 @@ class RaggedAttention(AttentionBackend):
         where = entry_rows(self.pool, heads, rows.page_tables, entries).squeeze(2)
         self.pool.write_rows(where, k, v)
 
-    def _attend(self, layer: int, q: Tensor, rows: Rows) -> Tensor:
-        """q: (n, H, d), each with its own lengths. Returns (n, H, d). Entries are read once for each sequence."""
+    def _attend(self, layer: int, q: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+        """q: (n, H, d), each with its own lengths. Returns (n, H, d), in `out` if it is given. Entries are read once
+        for each sequence."""
         h, (first, sequence, place, most) = self.heads, rows.by_sequence
         shared = rows.pick(first)
         b, heads = len(first), self._head_rows(layer, shared)
@@ -130,11 +130,11 @@ class RaggedAttention(AttentionBackend):
         padded = padded.view(b, most, h.kv_heads, h.group, h.head_dim).permute(0, 2, 3, 1, 4)
         mask = entries[:, :, None] <= (heads.kept[:, :, None] + appended[:, None])[..., None]
         mask = mask.repeat(1, 1, h.group, 1)  # (B, kv_heads, group * most, max_len)
-        out = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             padded.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale
         )
-        out = out.unflatten(2, (h.group, most)).permute(0, 3, 1, 2, 4)[sequence, place]
-        return out.reshape(q.shape)
+        attended = attended.unflatten(2, (h.group, most)).permute(0, 3, 1, 2, 4)[sequence, place]
+        return attended.reshape(q.shape) if out is None else out.copy_(attended.reshape(q.shape))
 
 
 def with_layouts(

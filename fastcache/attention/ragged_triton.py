@@ -199,7 +199,7 @@ class RaggedTriton(RaggedAttention):
             **self._sizes(),
         )
 
-    def _attend(self, layer: int, q: Tensor, rows: Rows) -> Tensor:
+    def _attend(self, layer: int, q: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
         pool, h, n = self.pool, self.heads, len(q)
         splits = min(MAX_SPLITS, triton.cdiv(rows.max_len, SPLIT_ENTRIES))
         sums = torch.empty((n, h.num_heads, splits, h.head_dim), dtype=torch.float32, device=q.device)
@@ -228,7 +228,7 @@ class RaggedTriton(RaggedAttention):
             num_stages=2 if q.dtype.itemsize == 4 else 3,  # shared memory
             **self._sizes(),
         )
-        out = torch.empty((n, h.num_heads, h.head_dim), dtype=q.dtype, device=q.device)
+        out = q.new_empty(q.shape) if out is None else out
         _join_kernel[(n * h.num_heads,)](
             sums,
             peaks,

@@ -68,9 +68,8 @@ class TorchSDPA(AttentionBackend):
             own,
         )
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [self._attend(part, layer, q, k, v) for part in self._parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _write(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        torch.cat([self._attend(part, layer, q, k, v) for part in self._parts], out=out)
 
     def _attend(self, part: _Part, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         h, (b, n) = self.heads, part.rows.shape

@@ -168,6 +168,14 @@ class InlineCompressor:
         plain = all(self.layout(step.chunks[row].seq.request.compress_at) is None for row in rows)
         return plain and self.stream is None and self.layers.merges_layers and step.num_tokens <= SMALL_STEP
 
+    @property
+    def reads_later(self) -> bool:
+        """Whether what `layer` is given of this step is read behind its return: by layers that wait for each other, or
+        beside the next ones. Window queries of waiting layers are copies."""
+        if self.stream is None:
+            return any(late.where is not None for late in self._late)
+        return "window_queries" in self.method.needs or any(where is not None for _, where in self._works)
+
     def _work(self, step: Step, host: HostBatch, rows: list[int]) -> Work:
         chunks = [step.chunks[row] for row in rows]
         work = Work.of(

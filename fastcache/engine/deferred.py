@@ -57,6 +57,8 @@ class _Seen:
 class DeferredCompressor:
     """`layer` is called inside a prefill that defers, `launch` for each job."""
 
+    reads_later = False  # as in `InlineCompressor`: what `layer` keeps is a copy
+
     def __init__(
         self,
         method: EvictionMethod | BoundTransform,

@@ -157,8 +157,8 @@ class Runner:
         ]
         self.backend.plan(batch)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = self.backend.run(layer, q, k, v)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+            out = self.backend.run(layer, q, k, v, out)
             for each in watching:
                 each.layer(layer, q, k, v, self.backend.lse)
             return out
@@ -167,7 +167,8 @@ class Runner:
         asked = any(chunk.seq.request.logprobs_from is not None for chunk in step.chunks)
         rated = self.states is not None and not step.decode
         if self.small is not None and step.num_tokens <= MOST_TOKENS and embeddings is None and not rated:
-            hidden, every = self.small.run(batch, attend), True
+            lasting = any(each.reads_later for each in watching)
+            hidden, every = self.small.run(batch, attend, lasting), True
         else:
             with self.states.watching(step, batch) if rated else nullcontext():
                 hidden, every = self._eagerly(batch, attend, embeddings, asked), asked

@@ -7,6 +7,7 @@ alone, and is one launch (piecewise graphs, as vLLM and SGLang have them).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -19,28 +20,44 @@ from fastcache.models.config import ModelConfig
 from fastcache.models.layers import Attend, Places
 from fastcache.models.llama import Llama
 
-# Longer steps keep the device busy for longer than their launches take.
-MOST_TOKENS = 512
-# GEMMs work in tiles of as many rows.
-SIZE_STEP = 64
+# What a step is padded to: tiles of a matrix product, twice as many rows where padding is a smaller share. Longer steps
+# keep the device busy for longer than their launches take; the last size is 1024 tokens of prompts and 128 that decode.
+SIZES = (*range(64, 513, 64), *range(640, 1153, 128))
+MOST_TOKENS = SIZES[-1]
+
+# Layer, q, k, v, and where the result goes, (T, H, d).
+AttendInto = Callable[[int, Tensor, Tensor, Tensor, Tensor], object]
 
 
 def padded_tokens(tokens: int) -> int:
-    """How many tokens a step of `tokens` is padded to."""
-    return -(-tokens // SIZE_STEP) * SIZE_STEP
+    """How many tokens a step of `tokens`, at most `MOST_TOKENS`, is padded to."""
+    return SIZES[bisect_left(SIZES, tokens)]
 
 
 def buffer_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """What the buffers of a `SmallSteps` take."""
-    entries = config.num_layers * (config.num_heads + 2 * config.num_kv_heads) + config.num_heads
-    return MOST_TOKENS * entries * config.head_dim * dtype.itemsize
+    heads = 2 * (config.num_heads + config.num_kv_heads)  # q, k, v and what is attended
+    return MOST_TOKENS * heads * config.head_dim * dtype.itemsize
+
+
+def as_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """(T, H + 2 Hk, d) without a copy where each token's k follows its q, and v its k, as after a merged projection
+    that was rotated in place; else None."""
+    storage, place = q.untyped_storage().data_ptr(), q.storage_offset()
+    for part in (q, k, v):
+        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != place:
+            return None
+        if part.stride() != q.stride():
+            return None
+        place += part.shape[1] * part.stride(1)
+    return q.as_strided((len(q), q.shape[1] + k.shape[1] + v.shape[1], q.shape[2]), q.stride())
 
 
 class SmallSteps:
-    """Runs a model over steps of at most `MOST_TOKENS` tokens in static buffers, padded to a multiple of `SIZE_STEP`.
+    """Runs a model over steps of at most `MOST_TOKENS` tokens in static buffers, padded to one of `SIZES`.
 
     `places`: from slots (T,) to where each layer stores its entries, which leaves out slots of -1: those of padding.
-    Queries, keys and values have a buffer for each layer, because compression may look at many layers at once.
+    All layers share a buffer of queries, keys and values: whoever reads a layer's later asks `run` for copies.
     `home`: the partition's main stream, whose SMs a graph keeps; None for the default stream.
     """
 
@@ -56,9 +73,9 @@ class SmallSteps:
         def buffer(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
-        layers, heads = config.num_layers, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._inputs = buffer(3, MOST_TOKENS, dtype=torch.int64)
-        self._qkv = tuple(buffer(layers, MOST_TOKENS, count, config.head_dim) for count in heads)
+        self._qkv = buffer(MOST_TOKENS, sum(self._heads), config.head_dim)
         self._attended = buffer(MOST_TOKENS, config.num_heads, config.head_dim)
         self._graphs: dict[
             tuple[torch.cuda.Stream | None, int], tuple[list[torch.cuda.CUDAGraph], Tensor]
@@ -69,18 +86,20 @@ class SmallSteps:
         """Steps run on another stream from here on."""
         self._streams.home = home
 
-    def run(self, batch: ForwardBatch, attend: Attend) -> Tensor:
-        """Final hidden states (T, hidden_size), valid until the next call. `attend` stores nothing."""
+    def run(self, batch: ForwardBatch, attend: AttendInto, lasting: bool = False) -> Tensor:
+        """Final hidden states (T, hidden_size), valid until the next call. `attend` stores nothing; what it is given
+        is overwritten in the next layer, unless `lasting`."""
         tokens = len(batch.input_ids)
         size = padded_tokens(tokens)
         self.fill(batch, size)
         if (self._streams.home, size) not in self._graphs:
             self._capture_all()
         pieces, hidden = self._graphs[self._streams.home, size]
+        qkv, attended = self._qkv[:tokens], self._attended[:tokens]
+        parts = qkv.split(self._heads, dim=1)
         for layer, piece in enumerate(pieces[:-1]):
             piece.replay()
-            q, k, v = (each[layer, :tokens] for each in self._qkv)
-            self._attended[:tokens].copy_(attend(layer, q, k, v))
+            attend(layer, *(qkv.clone().split(self._heads, dim=1) if lasting else parts), attended)
         pieces[-1].replay()
         return hidden[:tokens]
 
@@ -101,7 +120,7 @@ class SmallSteps:
     def _capture_all(self) -> None:
         """All sizes at once, so that no later step waits for a capture; the largest first, whose memory the others
         use again."""
-        for size in range(MOST_TOKENS, 0, -SIZE_STEP):
+        for size in reversed(SIZES):
             self._graphs[self._streams.home, size] = self._capture(size)
 
     def _capture(self, size: int) -> tuple[list[torch.cuda.CUDAGraph], Tensor]:
@@ -117,9 +136,8 @@ class SmallSteps:
         with ExitStack() as piece:
             piece.enter_context(capture(pieces[0], side, (side,), self._memory))
 
-            def cut(layer: int, *computed: Tensor) -> Tensor:
-                for buffer, tensor in zip(self._qkv, computed, strict=True):
-                    buffer[layer, :size].copy_(tensor)
+            def cut(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                self._keep(q, k, v)
                 piece.close()
                 pieces.append(torch.cuda.CUDAGraph())
                 piece.enter_context(capture(pieces[-1], side, (side,), self._memory))
@@ -129,3 +147,12 @@ class SmallSteps:
         stream.wait_stream(side)
         self._inputs[2].copy_(slots)
         return pieces, hidden
+
+    def _keep(self, *computed: Tensor) -> None:
+        """A layer's q, k, v in the buffer, by one copy where that is possible."""
+        kept, whole = self._qkv[: len(computed[0])], as_one(*computed)
+        if whole is not None:
+            kept.copy_(whole)
+            return
+        for part, tensor in zip(kept.split(self._heads, dim=1), computed, strict=True):
+            part.copy_(tensor)

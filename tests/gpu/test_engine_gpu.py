@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -171,9 +172,16 @@ def prompts():
     return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 100, 333)]
 
 
+def base_2_lse(q, k):
+    """Of one head of a prompt that attends itself: (T,) from (T, d)."""
+    logits = q @ k.T * q.shape[1] ** -0.5
+    return logits.masked_fill(torch.ones_like(logits).triu(1) > 0, -torch.inf).logsumexp(-1) / math.log(2)
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 def test_flashinfer_attends_like_the_reference(folder, kv_dtype):
-    """Same q, k, v through both backends, prefill from scratch, chunked prefill and decode."""
+    """Same q, k, v through both backends, prefill from scratch, chunked prefill, decode, and all of them in a step;
+    into a new tensor, and into rows of a larger one, of which it writes no others."""
     from fastcache.attention.select import select_backend
     from fastcache.core import Chunk, Request, Sequence, Step
     from fastcache.engine.batch import BatchBuilder, to_device
@@ -183,10 +191,14 @@ def test_flashinfer_attends_like_the_reference(folder, kv_dtype):
     device = torch.device("cuda")
     fast, slow = (select_backend(n, pool, heads, device) for n in ("flashinfer", "torch-sdpa"))
     pages = iter(range(1, 300))
-    for kv_starts, lengths in (
-        ([0, 0, 0], [5, 16, 130]),
-        ([7, 16, 33], [9, 64, 3]),
-        ([20, 63, 200], [1, 1, 1]),
+    for kv_starts, lengths, riders in (
+        ([0, 0, 0], [5, 16, 130], 0),
+        ([7, 16, 33], [9, 64, 3], 0),
+        ([7, 0, 33], [9, 64, 1], 1),
+        ([40, 0, 0, 63, 200], [70, 9, 140, 1, 1], 2),
+        ([40, 63, 200], [70, 1, 1], 2),
+        ([0, 63, 200], [70, 1, 1], 2),
+        ([20, 63, 200], [1, 1, 1], 0),
     ):
         chunks = []
         for seat, (start, length) in enumerate(zip(kv_starts, lengths, strict=True)):
@@ -194,21 +206,31 @@ def test_flashinfer_attends_like_the_reference(folder, kv_dtype):
             seq.pages = [next(pages) for _ in range(-(-(start + length) // pool.page_size))]
             chunks.append(Chunk(seq, start, start, length, sample=True))
         decode = all(n == 1 for n in lengths)
-        host = BatchBuilder(4, 64, pool.page_size).build(Step(tuple(chunks), decode))
-        batch = to_device(host, torch.zeros(4, dtype=torch.int64, device=device))
+        step = Step(tuple(chunks), decode, decode_rows=riders)
+        host = BatchBuilder(5, 64, pool.page_size).build(step)
+        batch = to_device(host, torch.zeros(5, dtype=torch.int64, device=device))
         total = sum(lengths)
         for stored in (pool.keys, pool.values):
             stored.copy_(torch.randn(stored.shape, device=device))
-        q = torch.randn(total, heads.num_heads, heads.head_dim, device=device, dtype=torch.bfloat16)
-        k, v = (
-            torch.randn(total, heads.kv_heads, heads.head_dim, device=device, dtype=torch.bfloat16)
-            for _ in "kv"
-        )
+        parts = [heads.num_heads, heads.kv_heads, heads.kv_heads]
+        qkv = torch.randn(total, sum(parts), heads.head_dim, device=device, dtype=torch.bfloat16)
+        q, k, v = qkv.split(parts, dim=1)
         pool.write(1, k, v, batch.slot_mapping)
         slow.plan(batch)
         want = slow.run(1, q, k, v)
         fast.plan(batch)
-        assert relative_error(fast.run(1, q, k, v), want) < 1e-2
+        fast.keep_lse = False
+        got, room = fast.run(1, q, k, v), q.new_full((total + 8, *q.shape[1:]), torch.nan)
+        assert relative_error(got, want) < 1e-2
+        for keep_lse in (False, True):
+            fast.keep_lse, out = keep_lse, room[:total].fill_(torch.nan)
+            assert fast.run(1, q, k, v, out) is out and relative_error(out, got) < 1e-3
+            assert room[total:].isnan().all()
+        if 0 in kv_starts:
+            own = max(i for i, start in enumerate(kv_starts) if start == 0)
+            rows = slice(sum(lengths[:own]), sum(lengths[: own + 1]))
+            want_lse = base_2_lse(q[rows, 0].float(), k[rows, 0].float())
+            assert torch.allclose(fast.lse[rows, 0], want_lse, atol=2e-2)
         if decode:
             fast.plan_graph(host)
             assert relative_error(fast.run(1, q, k, v), want) < 1e-2

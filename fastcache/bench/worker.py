@@ -33,7 +33,9 @@ from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.provenance import git_commit
 from fastcache.bench.row import write_json
 
-MOST_CELLS = 64  # of one process: what leaks slowly has an end
+# Of one process. torch has 32 streams of a priority and hands them out in turn; an engine captures its graphs on two of
+# them, and one stays with compression. What leaks slowly has an end, too.
+MOST_CELLS = 12
 LEAK_BYTES = 2**30
 ORDER_S = 30.0  # for a supervisor that has been greeted to say what it wants
 LOOK_S = 0.5  # between two looks at the run while idle
@@ -133,14 +135,15 @@ def start_afresh() -> None:
 
 def clean_up(device: str) -> tuple[int, int] | None:
     """Give back what the cell left. (free bytes of the device, bytes that torch still holds); None without CUDA."""
-    gc.collect()
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
+        gc.collect()
         return None
     index = torch.device(device).index if ":" in device else torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # a CUDA error of the cell, which its row tells
         torch.cuda.synchronize(index)
         torch._C._cuda_clearCublasWorkspaces()  # they would count in the next cell's peak
+        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(index)[0], torch.cuda.memory_reserved(index)
     return 0, LEAK_BYTES + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 
 DECAY = 0.98  # about the last fifty observations count
@@ -58,15 +57,20 @@ class Plane:
 
 
 class Middle:
-    """The median of y over x among the last observations: one that a compilation or a busy host spoilt does not
-    count, which matters where few are made."""
+    """The median of y over x among the last observations, each of which counts as much as its x: one that a compilation
+    or a busy host spoilt does not count, which matters where few are made, and a small one hardly."""
 
     def __init__(self) -> None:
         self.count = 0
         self.value: float | None = None
-        self._last: deque[float] = deque(maxlen=LAST)
+        self._last: deque[tuple[float, float]] = deque(maxlen=LAST)
 
     def add(self, x: float, y: float) -> None:
         self.count += 1
-        self._last.append(y / x)
-        self.value = statistics.median(self._last)
+        self._last.append((y / x, x))
+        half, so_far = sum(weight for _, weight in self._last) / 2, 0.0
+        for value, weight in sorted(self._last):
+            so_far += weight
+            if so_far >= half:
+                self.value = value
+                return

@@ -18,6 +18,8 @@ TRIALS = 3  # observations before a cost counts as measured
 # The first steps of a kind compile kernels, and one that captures a graph takes many times as long as the next:
 # neither says anything about the device.
 UNSEEN, OUTLIER = 2, 4.0
+# Prefill steps of one size compressed inline, before another place is held against them; sizes that are remembered.
+ALIKE, MOST_SIZES = 2, 64
 STEP_KINDS = ("prefill", "decode", "mixed")
 
 
@@ -40,6 +42,7 @@ class Observed:
         self._decode, self._prefill, self._mean = Plane(1 / copy_bytes_s), Plane(), Ratio()
         self.exposed = {place: Middle() for place in limits.places}
         self.mixed = {chunk: Middle() for chunk in limits.chunks}
+        self._alike: dict[tuple, Middle] = {}
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
         self._odd_run: Counter[str] = Counter()
@@ -89,7 +92,7 @@ class Observed:
             self._observe_decode(work, elapsed_s, decode[0] + base)
             lost = 0.0
         elif step.decode_rows:
-            self._observe_mixed(step.prefill_tokens, elapsed_s, decode[1] * work.kv_bytes)
+            self._observe_mixed(work.tokens, elapsed_s, decode[1] * work.kv_bytes)
             lost = elapsed_s - compression_s - base - decode[0]
         else:
             known = self._prefill.count >= TRIALS
@@ -121,7 +124,7 @@ class Observed:
             return False
         expected = base_s + (decode[0] if step.decode else 0.0)
         if step.decode_rows:
-            chunk = self._budget(step.prefill_tokens)
+            chunk = self._budget(step.num_tokens)
             whole = None if chunk is None else self.mixed[chunk].value
             read = decode[1] * amounts(step, self.limits.bytes_per_token).kv_bytes
             expected = base_s + decode[0] if whole is None else whole + read
@@ -138,7 +141,7 @@ class Observed:
         self._decode.add(1.0, work.kv_bytes, elapsed_s)
 
     def _observe_mixed(self, tokens: int, elapsed_s: float, read_s: float) -> None:
-        """tokens: of its prompts. read_s: of the KV bytes. A step that is a little smaller than its budget is taken
+        """read_s: of the KV bytes. A step that is a little smaller than its budget is taken
         for as much shorter as lies between its budget and the next smaller one."""
         chunk = self._budget(tokens)
         if chunk is None or not tells(chunk, tokens):
@@ -154,7 +157,7 @@ class Observed:
         self.mixed[chunk].add(1.0, elapsed_s - read_s + less_s)
 
     def _budget(self, tokens: int) -> int | None:
-        """The smallest prefill budget that holds so many tokens."""
+        """The smallest budget that holds so many tokens."""
         return next((chunk for chunk in self.limits.chunks if chunk >= tokens), None)
 
     def _observe_prefill(
@@ -163,14 +166,33 @@ class Observed:
         place = step.place or INLINE  # without a method nothing is compressed anywhere
         on_main = place == INLINE
         if work.compressed and place in self.exposed and not place.startswith(AFTER):
-            exposed = compression_s if on_main else elapsed_s - base_s
-            if on_main or self._prefill.count >= TRIALS:
+            exposed = compression_s if on_main else self._beyond_alike(work, place, elapsed_s, base_s)
+            if exposed is not None:
                 self.exposed[place].add(work.compressed, exposed)
+            self._alike_of(work, place).add(1.0, elapsed_s)
         if on_main or not work.compressed:
             alone_s = max(elapsed_s - compression_s, 0.0)
             self._predicted("prefill", base_s + compression_s, elapsed_s, self._prefill.count)
             self._prefill.add(work.tokens, work.pairs, alone_s)
             self._mean.add(work.tokens, alone_s)
+
+    def _beyond_alike(self, work: Amounts, place: str, elapsed_s: float, base_s: float) -> float | None:
+        """What compressing beside the prefill added to it. Prefills of different sizes differ by more than that, so
+        the step is held against others like it in which the same was compressed inline; where a split binds there are
+        none, and `base_s`, of its tokens, must do. None if too little is known."""
+        if INLINE not in self.exposed:
+            return elapsed_s - base_s if self._prefill.count >= TRIALS else None
+        inline, alike = self.exposed[INLINE], self._alike_of(work, INLINE)
+        if alike.count < ALIKE or inline.value is None:
+            return None
+        return inline.value * work.compressed + elapsed_s - alike.value
+
+    def _alike_of(self, work: Amounts, place: str) -> Middle:
+        """Seconds of prefill steps of the same size whose contexts are compressed at `place`; the latest sizes."""
+        key = (work.tokens, work.pairs, work.compressed, place)
+        if key not in self._alike and len(self._alike) == MOST_SIZES:
+            del self._alike[next(iter(self._alike))]
+        return self._alike.setdefault(key, Middle())
 
     def waited(self, seconds: float) -> None:
         """Nothing could be computed for so long but the compression under way."""
@@ -194,8 +216,8 @@ class Observed:
 
 
 def tells(chunk: int, tokens: int) -> bool:
-    """Whether a step with `tokens` of prompts tells what one with a budget of `chunk` costs: the last piece of a prompt
-    may be small."""
+    """Whether a step of `tokens` tells what one with a budget of `chunk` costs: the last piece of a prompt may be
+    small."""
     return 4 * tokens >= 3 * chunk
 
 

@@ -11,21 +11,18 @@ from collections import Counter, deque
 from typing import Any
 
 from fastcache.core import Sequence, Step
+from fastcache.engine.balance import Balance, Mix, balance, worth_trying
 from fastcache.engine.observed import TRIALS, Observed, tells
 from fastcache.engine.policy import (
     AFTER,
     BESIDE,
     NOT_MEASURED,
     PLACE_MARGIN,
-    Balance,
     Decision,
     Limits,
-    Mix,
     RequestLoad,
-    balance,
     cheapest,
     decide,
-    worth_trying,
 )
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, Load, Turn
 
@@ -121,7 +118,8 @@ class Tuner:
     def turns(self, load: Load) -> tuple[Turn, ...]:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
         self._chosen = chosen = self._balance(load)
-        prefill = Turn(PREFILL, max_tokens=chosen.chunk, together=chosen.together)
+        prompts = None if chosen.chunk is None else max(chosen.chunk - load.decode.pending, 1)
+        prefill = Turn(PREFILL, max_tokens=prompts, together=chosen.together)
         return prefill, Turn(COMPRESS), Turn(DECODE)
 
     def _balance(self, load: Load) -> Balance:
@@ -157,8 +155,7 @@ class Tuner:
         chosen = self._chosen
         if chosen.reason != NOTHING:
             tried |= chosen.reason == TRIED
-            tokens = sum(chunk.length for chunk in prompts)
-            self._trials[chosen.chunk] += chosen.reason == TRIED and tells(chosen.chunk, tokens)
+            self._trials[chosen.chunk] += chosen.reason == TRIED and tells(chosen.chunk, step.num_tokens)
             choice = "together" if chosen.together else "prefill alone"
             self._note(("balance", choice, chosen.reason), self._mix, chosen)
         self._tried.append(tried)

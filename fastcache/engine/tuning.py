@@ -68,7 +68,8 @@ def compression_places(
     """Where contexts may be compressed, by name, the fixed choice first; None is the main stream.
 
     Ratios that were given bind: compression stays on that partition. As a bound (`PartitionConfig.bound`) they leave
-    the main stream, and a partition half as large, to choose from. Without a partition there is only the main stream.
+    the main stream, and a partition half as large, to choose from: not to compress after the prefill, beside decode
+    steps, which wait for memory as compression does. Without a partition there is only the main stream.
     """
     if method is None or config.tuning == "off":
         return {}
@@ -84,7 +85,7 @@ def compression_places(
         except UnsupportedCombination:
             smaller = split  # this device grants no smaller one
         places.setdefault(_name(BESIDE, smaller), smaller.compress)
-    if method.needs <= DEFERRABLE_NEEDS:
+    if not wanted.bound and method.needs <= DEFERRABLE_NEEDS:
         places[_name(AFTER, split)] = split.compress
     return places
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastcache import LLM, SamplingParams
-from fastcache.engine.policy import BACKLOG, NOT_MEASURED, TIGHT, WITHIN
+from fastcache.engine.balance import BACKLOG, TIGHT, WITHIN
+from fastcache.engine.policy import NOT_MEASURED
 from fastcache.engine.tuner import TRIED
 
 pytestmark = [

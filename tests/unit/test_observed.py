@@ -87,3 +87,23 @@ def test_where_a_split_binds_both_of_its_places_are_priced_before_one_is_chosen(
         {"beside:32": beside_s, "after:32": after_s}, rel=0.05
     )
     assert tuner._place() == (wanted, FIXED_IS_BEST if wanted == "beside:32" else CHEAPEST)
+
+
+def test_beside_a_prefill_is_priced_by_steps_of_the_same_size():
+    """Small prefills are slow for reasons of their own, here 20 ms of them; a difference to what their tokens take in
+    larger ones would be that, and one to a mean of both could be nothing at all."""
+    observed = Observed(Limits(64, 10**12, 1, ("inline", "beside:32")), 1e18)
+    for tokens, own_s in [(30_000, 0.0)] * 5 + [(2_000, 0.02)] * 3:
+        whole = PER_TOKEN * tokens + own_s
+        observed.observe(prefill(tokens, "inline", kept=200), whole + 1e-6 * tokens, 1e-6 * tokens, False)
+    for _ in range(3):
+        observed.observe(prefill(2_000, "beside:32", kept=200), PER_TOKEN * 2_000 + 0.02 + 0.006, 0.0, False)
+        observed.observe(prefill(1_900, "beside:32", kept=200), 1.0, 0.0, False)  # like no other step
+    assert observed.costs.exposed == pytest.approx({"inline": 1e-6, "beside:32": 3e-6})
+
+
+def test_compression_in_a_small_step_does_not_price_that_in_large_ones(observed):
+    """Whose launches the device waits for. Many small ones are needed to outweigh a few large ones."""
+    for _ in range(5):
+        observed.observe(prefill(100, "inline", kept=50), PER_TOKEN * 100 + 0.002, 0.002, False)
+    assert observed.costs.exposed["inline"] == pytest.approx(0.001 / 2000, rel=0.6)

@@ -10,28 +10,30 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastcache.engine.averages import Middle, Plane, Ratio
-from fastcache.engine.policy import (
+from fastcache.engine.balance import (
     BACKLOG,
     GAIN,
     NEARLY,
     NO_GAIN,
+    PROMPTS_FIRST,
+    TIGHT,
+    WITHIN,
+    Mix,
+    balance,
+    worth_trying,
+)
+from fastcache.engine.policy import (
     NOT_MEASURED,
     PAYS_MARGIN,
     PLACE_MARGIN,
-    PROMPTS_FIRST,
-    TIGHT,
     TOO_DEAR,
     TOO_LITTLE,
-    WITHIN,
     Costs,
     Limits,
-    Mix,
     RequestLoad,
-    balance,
     break_even,
     cheapest,
     decide,
-    worth_trying,
 )
 
 # An H100 with Qwen3-8B: 147,456 bytes a token, 3 TB/s, about 6 ms for the weights, 29 us a prefilled token.
@@ -130,11 +132,12 @@ def mix(pending=1, decoding=60, at_once=64, blocked=True, kv_bytes=8e9) -> Mix:
 
 
 def test_a_mixed_step_takes_the_place_of_a_prefill_and_of_its_share_of_a_decode_step():
-    """By hand: 6 ms x 60/64 of a decode step, and 29.2 us for each token, compressed where that is cheapest."""
-    costs = dataclasses.replace(H100, mixed_s={2048: 0.0624, 4096: 0.122, 8192: 0.2426})
+    """By hand: 6 ms x 60/64 of a decode step, and 29.2 us for each token of a prompt, compressed where that is
+    cheapest; 60 tokens of the step are decoding rows."""
+    costs = dataclasses.replace(H100, mixed_s={2048: 0.0606, 4096: 0.1212, 8192: 0.2413})
     chosen = balance(costs, LIMITS, mix())
     share = 0.006 * 60 / 64
-    by_hand = {chunk: share + 2.92e-5 * chunk - whole for chunk, whole in costs.mixed_s.items()}
+    by_hand = {chunk: share + 2.92e-5 * (chunk - 60) - whole for chunk, whole in costs.mixed_s.items()}
     assert chosen.predicted == pytest.approx(by_hand)
     assert (chosen.together, chosen.chunk, chosen.reason) == (True, 2048, GAIN)
 
@@ -164,7 +167,7 @@ def test_mixed_steps_for_throughput_are_only_taken_where_a_gain_is_predicted(
     chosen = balance(costs, LIMITS, what)
     assert chosen.together == (chosen.reason == GAIN) == (chosen.chunk is not None)
     if chosen.together:
-        apart = H100.decode_fixed_s + (2.9e-5 + 2e-7) * chosen.chunk
+        apart = H100.decode_fixed_s + (2.9e-5 + 2e-7) * (chosen.chunk - decoding)
         assert blocked and 0 < chosen.predicted[chosen.chunk] <= apart - costs.mixed_s[chosen.chunk] + 1e-12
 
 
@@ -172,11 +175,11 @@ def test_mixed_steps_for_throughput_are_only_taken_where_a_gain_is_predicted(
 def test_only_what_could_pay_is_worth_trying(pending, decoding, blocked, bound):
     what = mix(pending, decoding, min(256, pending + decoding), blocked)
     per_token = H100.prefill_s_per_token
-    free = dataclasses.replace(H100, mixed_s={chunk: per_token * (chunk + decoding) for chunk in CHUNKS[1:2]})
+    free = dataclasses.replace(H100, mixed_s={chunk: per_token * chunk for chunk in CHUNKS[1:2]})
     unknown = dataclasses.replace(H100, mixed_s={})
     assert bool(worth_trying(unknown, LIMITS, what)) == balance(free, LIMITS, what).together
     assert worth_trying(unknown, LIMITS, what) in ((), CHUNKS[1:2])  # one is tried first
-    assert worth_trying(free, LIMITS, what) in ((), CHUNKS)
+    assert worth_trying(free, LIMITS, what) in ((), CHUNKS[:2])  # larger ones save less for each prompt token
     bounded = dataclasses.replace(LIMITS, tpot_s=bound)
     assert worth_trying(unknown, bounded, what) == CHUNKS[:1]
     tried = worth_trying(H100, bounded, what)
@@ -185,8 +188,8 @@ def test_only_what_could_pay_is_worth_trying(pending, decoding, blocked, bound):
     assert chosen.reason in (TIGHT, BACKLOG) or chosen.chunk <= tried[-1]
 
 
-def nearly_as_fast_as_any(chosen):
-    rates = {chunk: chunk / seconds for chunk, seconds in chosen.predicted.items()}
+def nearly_as_fast_as_any(chosen, decoding=60):
+    rates = {chunk: (chunk - decoding) / seconds for chunk, seconds in chosen.predicted.items()}
     smaller = [rate for chunk, rate in rates.items() if chunk < chosen.chunk]
     least = NEARLY * max(rates.values())
     return rates[chosen.chunk] >= least and all(rate < least for rate in smaller)
@@ -201,7 +204,9 @@ def test_many_waiting_prompts_come_before_the_bound():
     assert balance(costs, limits, few).reason == WITHIN
     chosen = balance(costs, limits, many)
     assert (
-        chosen.reason == BACKLOG and nearly_as_fast_as_any(chosen) and chosen.predicted[chosen.chunk] > 0.125
+        chosen.reason == BACKLOG
+        and nearly_as_fast_as_any(chosen, 1)
+        and chosen.predicted[chosen.chunk] > 0.125
     )
     assert worth_trying(costs, limits, few) == CHUNKS[:2]
     assert worth_trying(costs, limits, many) == CHUNKS

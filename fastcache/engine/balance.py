@@ -1,0 +1,149 @@
+"""How prefill and decode share a step, from what was measured on this device. Pure functions of numbers; no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fastcache.engine.policy import NOT_MEASURED, Costs, Limits
+
+# A mixed step must gain more than this share of the decode step it replaces: the time of equal steps varies.
+MIX_MARGIN = 0.2
+PROBE = 1  # the budget, by number, that tells whether mixed steps can pay at all
+# Tokens of a mixed step that is made to last a given time are a multiple of this.
+CHUNK_STEP = 64
+# Where TPOT is bounded: prompts that would take more steps than this come before the bound, in the smallest step that
+# computes them nearly as fast as any that lasts up to so many times the bound.
+BACKLOG_STEPS, NEARLY, LONG_STEP = 10, 0.8, 4.0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a mixed step would be made of. `pending` requests wait or are in prefill, `decoding` sequences would ride
+    along, and their step reads `kv_bytes`; `at_once` run together once everybody has come in who may. `blocked`: some
+    must wait for a running one to end. `prompt_tokens`: of those pending, up to a full step."""
+
+    pending: int
+    decoding: int
+    at_once: int
+    blocked: bool
+    kv_bytes: float
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How the next prefill shares the GPU with decoding sequences: together in steps of `chunk` tokens, or not.
+    `predicted`: by budget, seconds that a mixed step saves, or, where TPOT is bounded, lasts."""
+
+    together: bool
+    chunk: int | None
+    reason: str
+    predicted: Mapping[int, float] = field(default_factory=dict)
+
+
+GAIN, NO_GAIN = "mixed steps save decode steps", "a mixed step costs more than the decode step it saves"
+PROMPTS_FIRST = "no request waits for decode steps: prompts first"
+WITHIN = "the largest mixed step within the bound on TPOT"
+TIGHT = "no mixed step is within the bound on TPOT: the smallest that is nearly as fast as any"
+BACKLOG = (
+    "many prompts wait, which come before the bound on TPOT: the smallest step that is nearly as fast as any"
+)
+
+
+def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
+    """Budgets that may be taken once they are measured.
+
+    For throughput, those that would gain most if a mixed step cost nothing of its own. One of them is tried first: what
+    the others cost is much like it, and every trial breaks up what would have been prefilled together. Where TPOT is
+    bounded, from the smallest on up to the first that is too long.
+    """
+    if costs.decode_fixed_s is None or not costs.prefill_s_per_token:
+        return ()
+    chunks = roomy(limits, mix)
+    if limits.tpot_s is None:
+        probe = chunks[PROBE : PROBE + 1] or chunks
+        gain = max((_gain_s(costs, mix, chunk) for chunk in probe), default=0.0)
+        if not mix.blocked or gain <= MIX_MARGIN * costs.decode_fixed_s:
+            return ()
+        if any(chunk not in costs.mixed_s for chunk in probe):
+            return probe
+        best = max(_gain_rate(costs, mix, chunk) for chunk in chunks if chunk in costs.mixed_s)
+        return tuple(c for c in chunks if c in costs.mixed_s or _gain_rate(costs, mix, c) > best)
+    within = _up_to(costs, chunks, mix, limits.tpot_s)
+    if within and mix.prompt_tokens <= BACKLOG_STEPS * (within[-1] - mix.decoding):
+        return within
+    return _up_to(costs, chunks, mix, LONG_STEP * limits.tpot_s)
+
+
+def roomy(limits: Limits, mix: Mix) -> tuple[int, ...]:
+    """Budgets of which decoding rows take no more than a half, or else the largest."""
+    return tuple(chunk for chunk in limits.chunks if chunk >= 2 * mix.decoding) or limits.chunks[-1:]
+
+
+def _up_to(costs: Costs, chunks: tuple[int, ...], mix: Mix, seconds: float) -> tuple[int, ...]:
+    """Budgets whose steps last no longer, and the next larger one, which has to be measured to be told from them."""
+    known = [chunk in costs.mixed_s and _lasts_s(costs, mix, chunk) <= seconds for chunk in chunks]
+    return chunks[: known.index(False) + 1] if False in known else chunks
+
+
+def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
+    """How the next prefill runs while sequences decode: for throughput, or within a bound on the time between tokens.
+
+    A mixed step reads the weights once for both, so it takes the place of a decode step and of its tokens' share of a
+    prefill. The saving is real only if decode steps are what the rest waits for,
+    and then a step saves as much as it has rows of all that will run at once. In a burst that fits, the last
+    prompt's tokens all come after it, whoever rode along before.
+    """
+    if costs.decode_fixed_s is None or not costs.prefill_s_per_token:
+        return Balance(False, None, NOT_MEASURED)
+    known = tuple(chunk for chunk in roomy(limits, mix) if chunk in costs.mixed_s)
+    if not known:
+        return Balance(False, None, NOT_MEASURED if worth_trying(costs, limits, mix) else _alone(mix))
+    if limits.tpot_s is not None:
+        return _within(costs, mix, limits, known)
+    gains = {chunk: _gain_s(costs, mix, chunk) for chunk in known}
+    best = max(known, key=lambda chunk: _gain_rate(costs, mix, chunk))
+    if mix.blocked and gains[best] > MIX_MARGIN * costs.decode_fixed_s:
+        return Balance(True, best, GAIN, gains)
+    return Balance(False, None, _alone(mix), gains)
+
+
+def _alone(mix: Mix) -> str:
+    return NO_GAIN if mix.blocked else PROMPTS_FIRST
+
+
+def _gain_s(costs: Costs, mix: Mix, chunk: int) -> float:
+    """Seconds that a mixed step saves; where it was not measured, that it would if it cost nothing of its own."""
+    share = mix.decoding / max(mix.at_once, mix.decoding, 1) if mix.blocked else 0.0
+    per_token, prompts = costs.prefill_s_per_token, max(chunk - mix.decoding, 0)
+    apart = costs.decode_fixed_s * share + (per_token + min(costs.exposed.values(), default=0.0)) * prompts
+    return apart - costs.mixed_s.get(chunk, per_token * chunk)
+
+
+def _gain_rate(costs: Costs, mix: Mix, chunk: int) -> float:
+    """Seconds saved for each prompt token: of these there are so many, in however many steps."""
+    return _gain_s(costs, mix, chunk) / max(chunk - mix.decoding, 1)
+
+
+def _lasts_s(costs: Costs, mix: Mix, chunk: int) -> float:
+    return costs.mixed_s[chunk] + (costs.decode_s_per_byte or 0.0) * mix.kv_bytes
+
+
+def _within(costs: Costs, mix: Mix, limits: Limits, known: tuple[int, ...]) -> Balance:
+    """As many tokens as keep a step within the bound, so that prompts wait as little as that allows; unless too
+    many wait already, or no step is that short. Between two budgets, steps last what lies between their times."""
+    lasts = {chunk: _lasts_s(costs, mix, chunk) for chunk in known}
+    rates = {chunk: max(chunk - mix.decoding, 0) / seconds for chunk, seconds in lasts.items()}
+    fast = min(chunk for chunk, rate in rates.items() if rate >= NEARLY * max(rates.values()))
+    chunk = max((chunk for chunk, seconds in lasts.items() if seconds <= limits.tpot_s), default=None)
+    if chunk is None:
+        return Balance(True, fast, TIGHT, lasts)
+    larger = min((other for other in lasts if other > chunk), default=None)
+    fitting = chunk
+    if larger is not None:
+        share = (limits.tpot_s - lasts[chunk]) / (lasts[larger] - lasts[chunk])
+        fitting += int(share * (larger - chunk)) // CHUNK_STEP * CHUNK_STEP
+    if mix.prompt_tokens > BACKLOG_STEPS * (fitting - mix.decoding) and fast > fitting:
+        return Balance(True, fast, BACKLOG, lasts)
+    return Balance(True, fitting, WITHIN, lasts)

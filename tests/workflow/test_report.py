@@ -211,6 +211,22 @@ def test_figures_of_the_engine_show_what_rows_carry(tmp_path):
     assert len(lines["sm_ratio"]) == 1 + sum(r["greenctx"] for r in rows)
 
 
+def test_cells_that_were_never_measured_are_counted_and_listed_but_did_not_fail(page, measured):
+    planned = {r["cell_id"]: r["cell"] for r in measured}
+    rows = [r | {"process_cells_before": i} for i, r in enumerate(measured) if r["status"] == "ok"]
+    lost = rows.pop()
+    status = judge(rows, list(planned), [])
+    plan = {"config": {}, "excluded": [], "cells": planned}
+    filled = render_report.context(enrich(rows), status, plan, page[0] / "figures")
+    text = render_report.templates(ROOT / "report").get_template("report.html.j2").render(filled)
+    assert f"Of {len(planned)} planned cells, {len(planned) - len(rows)} have no row" in text
+    assert "failed unexpectedly" not in text and text.count(f"<code>{lost['cell_id']}</code>") == 1
+    assert f"{len(rows)} of {len(planned)} cells measured" in text
+    theirs = [sum(c["variant"] == lost["variant"] for c in cells) for cells in (rows, planned.values())]
+    assert "{} of {}</td>".format(*theirs) in text
+    assert "in a process that cells share" in text and "one process per cell" not in text
+
+
 def test_a_cell_without_a_number_is_named_in_the_figure(page):
     assert (page[0] / "figures/throughput.svg").read_text().count(">oom<") == 3  # a baseline's in two columns
 

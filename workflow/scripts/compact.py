@@ -13,6 +13,7 @@ from naming import BASELINE
 
 MOST = 2 * plotting.BESIDE  # cells that panels show well
 INCHES = 8.6
+TALL = 40  # lines whose scale below is out of sight of the first
 
 
 def fits(cells: pd.DataFrame) -> bool:
@@ -26,11 +27,13 @@ def fits(cells: pd.DataFrame) -> bool:
 
 def sheet(cells: pd.DataFrame, titles: Sequence[str]) -> tuple[Figure, list[Axes], list[tuple[float, Any]]]:
     """(figure, axes side by side, (height, cell) from the top down). Cells of the same requests stand together under
-    their name, the baseline first."""
+    their name, smaller batches first, the baseline before what is compared with it."""
     plotting.theme()
     one = cells.loc[cells["setting"] != BASELINE, "series"].nunique() <= 1
     heads, lines, y = [], [], 0.0
-    for (panel, batch), part in cells.groupby(["panel", "batch_size"], sort=False):
+    place = {panel: i for i, panel in enumerate(cells["panel"].unique())}
+    groups = list(cells.groupby(["panel", "batch_size"]))
+    for (panel, batch), part in sorted(groups, key=lambda group: (place[group[0][0]], group[0][1])):
         heads.append((y, f"{panel}, batch {batch}"))
         found = list(part.itertuples())
         found.sort(key=lambda row: row.setting != BASELINE)
@@ -43,6 +46,7 @@ def sheet(cells: pd.DataFrame, titles: Sequence[str]) -> tuple[Figure, list[Axes
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title)
         ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="x", labeltop=y > TALL)
         ax.spines[["top", "right"]].set_visible(False)  # names of requests may be longer than an axes is wide
     first = axes[0][0]
     first.set_yticks([y for y, _ in lines], [_label(row, one) for _, row in lines])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -133,9 +133,11 @@ def grouped(pairs: Sequence[Comparison], key: Callable[[Row], Any]) -> dict[Any,
     return {name: group_summary(members) for name, members in groups.items()}
 
 
-def by_variant(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line per variant, the baseline first; speed-ups over pairs in which both sides are ok."""
+def by_variant(rows: Sequence[Row], planned: Mapping[str, Row] | None = None) -> list[dict[str, Any]]:
+    """A line per variant, the baseline first; speed-ups over pairs in which both sides are ok. planned: each cell that
+    there should be a row of, by its id; without it, those that there are."""
     pairs = comparisons(rows)
+    wanted = {row["cell_id"]: row for row in rows} | dict(planned or {})
     lines = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         members = [row for row in rows if row["variant"] == name]
@@ -143,7 +145,7 @@ def by_variant(rows: Sequence[Row]) -> list[dict[str, Any]]:
             group_summary([pair for pair in pairs if pair.row["variant"] == name])
             | {
                 "variant": name,
-                "cells": len(members),
+                "cells": sum(cell["variant"] == name for cell in wanted.values()),
                 "ok": sum(row["status"] == "ok" for row in members),
                 "throughput": middle(row["throughput_tok_s"] for row in members),
             }

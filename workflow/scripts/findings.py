@@ -10,8 +10,6 @@ from typing import Any
 
 from naming import differing, requests, series, setting
 
-from fastcache.bench.table import requests_of
-
 MOST_LINES = 24  # of the table of comparisons
 TIMES = "\N{MULTIPLICATION SIGN}"
 Row = dict[str, Any]
@@ -220,7 +218,7 @@ def dummy(rows: Sequence[Row]) -> bool:
 
 def describe(row: Row) -> str:
     how = f" with {row['method']} {TIMES}{row['compression_factor']:g}" if row["method"] else ""
-    return f"{row['variant']}{how}, {requests_of(row)}, batch {row['batch_size']}"
+    return f"{row['variant']}{how}, {requests(row, True, ())}, batch {row['batch_size']}"
 
 
 def times(value: float | None) -> str:

@@ -60,10 +60,10 @@ class Middle:
     """The median of y over x among the last observations, each of which counts as much as its x: one that a compilation
     or a busy host spoilt does not count, which matters where few are made, and a small one hardly."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int = LAST) -> None:
         self.count = 0
         self.value: float | None = None
-        self._last: deque[tuple[float, float]] = deque(maxlen=LAST)
+        self._last: deque[tuple[float, float]] = deque(maxlen=last)
 
     def add(self, x: float, y: float) -> None:
         self.count += 1

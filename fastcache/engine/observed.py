@@ -20,6 +20,7 @@ TRIALS = 3  # observations before a cost counts as measured
 UNSEEN, OUTLIER = 2, 4.0
 # Prefill steps of one size compressed inline, before another place is held against them; sizes that are remembered.
 ALIKE, MOST_SIZES = 2, 64
+PREFILLS = 33  # whose compression is remembered: small ones between large ones must not push those out
 STEP_KINDS = ("prefill", "decode", "mixed")
 
 
@@ -40,7 +41,7 @@ class Observed:
     def __init__(self, limits: Limits, copy_bytes_s: float) -> None:
         self.limits = limits
         self._decode, self._prefill, self._mean = Plane(1 / copy_bytes_s), Plane(), Ratio()
-        self.exposed = {place: Middle() for place in limits.places}
+        self.exposed = {place: Middle(PREFILLS) for place in limits.places}
         self.mixed = {chunk: Middle() for chunk in limits.chunks}
         self._alike: dict[tuple, Middle] = {}
         self.kv_bytes = 0.0  # that the last step with decoding sequences read

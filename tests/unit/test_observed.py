@@ -104,6 +104,6 @@ def test_beside_a_prefill_is_priced_by_steps_of_the_same_size():
 
 def test_compression_in_a_small_step_does_not_price_that_in_large_ones(observed):
     """Whose launches the device waits for. Many small ones are needed to outweigh a few large ones."""
-    for _ in range(5):
+    for _ in range(12):
         observed.observe(prefill(100, "inline", kept=50), PER_TOKEN * 100 + 0.002, 0.002, False)
     assert observed.costs.exposed["inline"] == pytest.approx(0.001 / 2000, rel=0.6)

@@ -36,7 +36,7 @@ class Offline:
         )
         return self._run(
             {"prompt": prompt, "sampling_params": each, "context_len": length}
-            for prompt, each, length in zip(prompts, params, lens, strict=True)
+            for prompt, each, length in zip(self._reader.ahead(prompts), params, lens, strict=True)
         )
 
     def score(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from PIL.Image import Image
+from torch import Tensor
 
 from fastcache.config import require
 from fastcache.core import ImageInput
@@ -18,6 +22,8 @@ from fastcache.tokenizer import Tokenizer
 # Text or token ids; with pictures a mapping {"prompt": text or ids, "images": [path, bytes or PIL image, ...]}.
 Prompt = str | Many[int] | Mapping
 KEYS = ("prompt", "images")
+# Pictures that are decoded and resized at once.
+MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,14 @@ class Expanded:
     tokens: tuple[int, ...]
     images: tuple[ImageInput, ...] = ()
     context_len: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture as the vision tower will see it: (3, height, width) uint8, and its digest."""
+
+    pixels: Tensor
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,25 @@ class PromptReader:
             return Expanded(tokens, context_len=context_len)
         return self._expand(tokens, pictures, context_len)
 
+    def ahead(self, prompts: Many[Prompt]) -> list[Prompt]:
+        """The same prompts, their pictures prepared, many at once: decoding and resizing one takes longer than the
+        vision tower does. Errors: `ImageError`; what else is wrong with a prompt is for `read` to say."""
+        given = [_pictures(prompt) for prompt in prompts]
+        if self.processor is None or sum(map(len, given)) < 2:
+            return list(prompts)
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+            prepared = iter(list(threads.map(self._prepare, [each for some in given for each in some])))
+        return [
+            {**prompt, "images": [next(prepared) for _ in some]} if some else prompt
+            for prompt, some in zip(prompts, given, strict=True)
+        ]
+
+    def _prepare(self, picture: Any) -> Prepared:
+        if isinstance(picture, Prepared):
+            return picture
+        pixels = self.processor.pixels(open_picture(picture))
+        return Prepared(pixels, digest(pixels))
+
     def _tokens(self, prompt: str | Many[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -86,8 +119,8 @@ class PromptReader:
         images, done, context = [], 0, context_len
         for start, picture in zip(starts, pictures, strict=True):
             expanded += tokens[done:start]
-            pixels = self.processor.pixels(open_picture(picture))
-            images.append(ImageInput(len(expanded), each, pixels, digest(pixels)))
+            seen = self._prepare(picture)
+            images.append(ImageInput(len(expanded), each, seen.pixels, seen.digest))
             expanded += [token_id] * each
             done = start + width
             if context_len is not None and start < context_len:
@@ -109,3 +142,9 @@ class PromptReader:
             f"a prompt has {len(places)} placeholders (token {vision.image_token_id}, `<image>` in text) and "
             f"{pictures} images; it needs one for each image, or {each} in a row for each if it is expanded already."
         )
+
+
+def _pictures(prompt: Prompt) -> Many:
+    """Those of a prompt that has a list of them."""
+    given = prompt.get("images") if isinstance(prompt, Mapping) else None
+    return given if isinstance(given, list | tuple) else ()

@@ -16,6 +16,7 @@ from fastcache import LLM, SamplingParams
 from fastcache.bench.cell import measure_cell
 from fastcache.bench.matrix import CellConfig
 from fastcache.cli import main
+from fastcache.engine.prompts import Prepared
 from fastcache.errors import (
     ConfigError,
     ImageError,
@@ -105,6 +106,29 @@ def test_paths_bytes_and_pil_are_the_same_picture(llm, tmp_path):
     turned[0x0112] = 6  # the camera was on its side
     lying = open_picture(file_bytes(image, "PNG", exif=turned))
     assert lying.size == image.size[::-1]
+
+
+def test_pictures_of_many_prompts_are_prepared_at_once(llm, tmp_path):
+    """In order, as `read` would one after another; what has none is left alone."""
+    path = tmp_path / "five.png"
+    path.write_bytes(file_bytes(picture(5)))
+    prompts = [
+        {"prompt": [9, T, T], "images": [picture(1), file_bytes(picture(2))]},
+        [9, 10],
+        {"prompt": [9]},
+    ]
+    prompts += [{"prompt": [T, 9], "images": (each,)} for each in (picture(4), path)]
+    ahead = llm._reader.ahead(prompts)
+    assert ahead[1:3] == prompts[1:3]
+    assert all(isinstance(each, Prepared) for prompt in ahead[3:] for each in prompt["images"])
+    for prompt, prepared in zip(prompts, ahead, strict=True):
+        want, got = llm._reader.read(prompt), llm._reader.read(prepared)
+        assert got.tokens == want.tokens and len(got.images) == len(want.images)
+        for a, b in zip(got.images, want.images, strict=True):
+            assert torch.equal(a.pixels, b.pixels) and (a.start, a.digest) == (b.start, b.digest)
+    with pytest.raises(ImageError, match=r"nowhere\.png does not exist"):
+        llm.generate([*prompts, {"prompt": [T], "images": [tmp_path / "nowhere.png"]}])
+    assert not llm.has_unfinished()
 
 
 def test_a_cell_with_pictures_says_how_many_and_measures_without_them_too(folder):

@@ -12,6 +12,7 @@ MIX_MARGIN = 0.2
 PROBE = 1  # the budget, by number, that tells whether mixed steps can pay at all
 # Tokens of a mixed step that is made to last a given time are a multiple of this.
 CHUNK_STEP = 64
+SHORTEST_S = 1e-6  # no step is shorter
 # Where TPOT is bounded: prompts that would take more steps than this come before the bound, in the smallest step that
 # computes them nearly as fast as any that lasts up to so many times the bound.
 BACKLOG_STEPS, NEARLY, LONG_STEP = 10, 0.8, 4.0
@@ -91,9 +92,9 @@ def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
     """How the next prefill runs while sequences decode: for throughput, or within a bound on the time between tokens.
 
     A mixed step reads the weights once for both, so it takes the place of a decode step and of its tokens' share of a
-    prefill. The saving is real only if decode steps are what the rest waits for,
-    and then a step saves as much as it has rows of all that will run at once. In a burst that fits, the last
-    prompt's tokens all come after it, whoever rode along before.
+    prefill. The saving is real only if decode steps are what the rest waits for, and then a step saves as much as it
+    has rows of all that will run at once. In a burst that fits, the last prompt's tokens all come after it, whoever
+    rode along before.
     """
     if costs.decode_fixed_s is None or not costs.prefill_s_per_token:
         return Balance(False, None, NOT_MEASURED)
@@ -127,7 +128,8 @@ def _gain_rate(costs: Costs, mix: Mix, chunk: int) -> float:
 
 
 def _lasts_s(costs: Costs, mix: Mix, chunk: int) -> float:
-    return costs.mixed_s[chunk] + (costs.decode_s_per_byte or 0.0) * mix.kv_bytes
+    """Where KV bytes were thought dear, as in very small models, a step may seem to take no time without them."""
+    return max(costs.mixed_s[chunk] + (costs.decode_s_per_byte or 0.0) * mix.kv_bytes, SHORTEST_S)
 
 
 def _within(costs: Costs, mix: Mix, limits: Limits, known: tuple[int, ...]) -> Balance:

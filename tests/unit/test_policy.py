@@ -244,6 +244,14 @@ def test_a_step_lasts_as_long_as_the_bound_allows_and_no_longer(kv_bytes, bound,
         assert lasts(chosen.chunk + 64) > bound * (1 - 1e-9)
 
 
+@given(st.dictionaries(st.sampled_from(CHUNKS), st.floats(-1, 0.001), min_size=1), st.integers(1, 9000))
+def test_steps_that_seem_to_take_no_time_are_decided_about_too(mixed, decoding):
+    """As in a tiny model, whose KV bytes were measured to cost more than whole steps."""
+    costs, limits = dataclasses.replace(H100, mixed_s=mixed), dataclasses.replace(LIMITS, tpot_s=0.01)
+    chosen = balance(costs, limits, mix(decoding=decoding, kv_bytes=0.0))
+    assert chosen.chunk in CHUNKS or chosen.chunk % 64 == 0 if chosen.together else not chosen.predicted
+
+
 @given(st.floats(0.01, 0.2), st.floats(0.01, 0.2))
 def test_a_tighter_bound_never_makes_a_larger_step(one, other):
     tight, loose = sorted((one, other))

@@ -43,7 +43,7 @@ class Observed:
         self._decode, self._prefill, self._mean = Plane(1 / copy_bytes_s), Plane(), Ratio()
         self.exposed = {place: Middle(PREFILLS) for place in limits.places}
         self.mixed = {chunk: Middle() for chunk in limits.chunks}
-        self._alike: dict[tuple, Middle] = {}
+        self._alike: dict[Amounts, Middle] = {}
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
         self._odd_run: Counter[str] = Counter()
@@ -167,33 +167,33 @@ class Observed:
         place = step.place or INLINE  # without a method nothing is compressed anywhere
         on_main = place == INLINE
         if work.compressed and place in self.exposed and not place.startswith(AFTER):
-            exposed = compression_s if on_main else self._beyond_alike(work, place, elapsed_s, base_s)
+            exposed = compression_s if on_main else self._beyond_alike(work, elapsed_s, base_s)
             if exposed is not None:
                 self.exposed[place].add(work.compressed, exposed)
-            self._alike_of(work, place).add(1.0, elapsed_s)
+            if on_main:
+                self._alike_of(work).add(1.0, elapsed_s)
         if on_main or not work.compressed:
             alone_s = max(elapsed_s - compression_s, 0.0)
             self._predicted("prefill", base_s + compression_s, elapsed_s, self._prefill.count)
             self._prefill.add(work.tokens, work.pairs, alone_s)
             self._mean.add(work.tokens, alone_s)
 
-    def _beyond_alike(self, work: Amounts, place: str, elapsed_s: float, base_s: float) -> float | None:
+    def _beyond_alike(self, work: Amounts, elapsed_s: float, base_s: float) -> float | None:
         """What compressing beside the prefill added to it. Prefills of different sizes differ by more than that, so
         the step is held against others like it in which the same was compressed inline; where a split binds there are
         none, and `base_s`, of its tokens, must do. None if too little is known."""
         if INLINE not in self.exposed:
             return elapsed_s - base_s if self._prefill.count >= TRIALS else None
-        inline, alike = self.exposed[INLINE], self._alike_of(work, INLINE)
+        inline, alike = self.exposed[INLINE], self._alike_of(work)
         if alike.count < ALIKE or inline.value is None:
             return None
         return inline.value * work.compressed + elapsed_s - alike.value
 
-    def _alike_of(self, work: Amounts, place: str) -> Middle:
-        """Seconds of prefill steps of the same size whose contexts are compressed at `place`; the latest sizes."""
-        key = (work.tokens, work.pairs, work.compressed, place)
-        if key not in self._alike and len(self._alike) == MOST_SIZES:
+    def _alike_of(self, work: Amounts) -> Middle:
+        """Seconds of prefill steps of the same size whose contexts are compressed inline; the latest sizes."""
+        if work not in self._alike and len(self._alike) == MOST_SIZES:
             del self._alike[next(iter(self._alike))]
-        return self._alike.setdefault(key, Middle())
+        return self._alike.setdefault(work, Middle())
 
     def waited(self, seconds: float) -> None:
         """Nothing could be computed for so long but the compression under way."""

@@ -24,8 +24,7 @@ PAYS_MARGIN = 0.01
 class Costs:
     """Measured on this device. `exposed`: seconds per context token that compression adds to the main stream, by place.
     `mixed_s`: seconds of a mixed step beyond the KV bytes that its decoding rows read, by its budget of tokens;
-    `decode_fixed_s`: the same of a decode step. A row that decodes costs a token's product in a mixed step, and nothing
-    in a decode step, which waits for the weights."""
+    `decode_fixed_s`: the same of a decode step."""
 
     decode_fixed_s: float | None = None
     decode_s_per_byte: float | None = None

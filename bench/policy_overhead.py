@@ -21,7 +21,7 @@ from fastcache.config import SamplingParams
 from fastcache.core import Chunk, Request, Sequence, Step
 from fastcache.device.info import device_info
 from fastcache.engine.policy import Limits
-from fastcache.engine.queues import load_of
+from fastcache.engine.queues import Queues
 from fastcache.engine.tuner import Tuner
 
 log = logging.getLogger("policy_overhead")
@@ -47,16 +47,27 @@ def microseconds(work: Callable[[], object], repeats: int) -> float:
     return 1e6 * statistics.median(times)
 
 
-def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A tuner that has seen every kind of step, the steps, and the sequences they are of."""
+
+    tuner: Tuner
+    active: list[Sequence]
+    queued: list[Sequence]
+    decode: Step
+    prefill: Step
+    mixed: Step
+
+
+def prepare(running: int, waiting: int) -> Bench:
     limits = Limits(running, 400_000 * BYTES_PER_TOKEN, BYTES_PER_TOKEN, PLACES, CHUNKS)
     tuner = Tuner(limits, 3e12)
     active, queued = sequences(running, True), sequences(waiting, False)
     decode = Step(tuple(Chunk(s, s.num_computed, s.kv_len, 1, sample=True) for s in active), decode=True)
     prompts = tuple(Chunk(s, 0, 0, 2048, sample=True, kept=410) for s in queued[:8])
     prefill = Step(prompts, decode=False, place="inline")
-    riding = decode.chunks
     mixed = [
-        Step((Chunk(queued[0], 0, 0, chunk, sample=False), *riding), decode=False, decode_rows=running)
+        Step((Chunk(queued[0], 0, 0, chunk, sample=False), *decode.chunks), decode=False, decode_rows=running)
         for chunk in CHUNKS
     ]
     for _ in range(10):
@@ -65,32 +76,39 @@ def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
             tuner.observe(dataclasses.replace(prefill, place=place), 0.5, 0.004, False)
         for step in mixed:
             tuner.observe(step, 0.03, 0.0, False)
+    return Bench(tuner, active, queued, decode, prefill, mixed[1])
+
+
+def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
+    bench = prepare(running, waiting)
+    tuner = bench.tuner
+    queues = Queues(tuner.by_age)
 
     def load():
-        return load_of(0.0, active, queued, 32_768, True, running)
+        return queues.load(0.0, bench.active, bench.queued, 32_768, True, running)
 
     def decode_step():
         tuner.turns(load())
-        tuner.observe(decode, 0.008, 0.0, False)
+        tuner.observe(bench.decode, 0.008, 0.0, False)
 
     def prefill_step():
         tuner.turns(load())
         tuner.place()
-        tuner.taken(prefill)
-        tuner.observe(prefill, 0.5, 0.004, False)
+        tuner.taken(bench.prefill)
+        tuner.observe(bench.prefill, 0.5, 0.004, False)
 
     def mixed_step():
         tuner.turns(load())
         tuner.place()
-        tuner.taken(mixed[1])
-        tuner.observe(mixed[1], 0.03, 0.0, False)
+        tuner.taken(bench.mixed)
+        tuner.observe(bench.mixed, 0.03, 0.0, False)
 
     return {
         "mixed_step_us": microseconds(mixed_step, repeats),
         "queues_us": microseconds(load, repeats),
         "decode_step_us": microseconds(decode_step, repeats),
         "prefill_step_us": microseconds(prefill_step, repeats),
-        "request_us": microseconds(lambda: tuner.admit(queued[0], 410, running + waiting), repeats),
+        "request_us": microseconds(lambda: tuner.admit(bench.queued[0], 410, running + waiting), repeats),
     }
 
 

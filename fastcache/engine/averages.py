@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 
 DECAY = 0.98  # about the last fifty observations count
@@ -63,13 +64,18 @@ class Middle:
     def __init__(self, last: int = LAST) -> None:
         self.count = 0
         self.value: float | None = None
-        self._last: deque[tuple[float, float]] = deque(maxlen=last)
+        self._most = last
+        self._last: deque[tuple[float, float]] = deque()
+        self._sorted: list[tuple[float, float]] = []
 
     def add(self, x: float, y: float) -> None:
         self.count += 1
         self._last.append((y / x, x))
-        half, so_far = sum(weight for _, weight in self._last) / 2, 0.0
-        for value, weight in sorted(self._last):
+        insort(self._sorted, self._last[-1])
+        if len(self._last) > self._most:
+            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
+        half, so_far = sum([weight for _, weight in self._sorted]) / 2, 0.0
+        for value, weight in self._sorted:
             so_far += weight
             if so_far >= half:
                 self.value = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastcache.engine.policy import NOT_MEASURED, Costs, Limits
 
@@ -18,8 +19,7 @@ SHORTEST_S = 1e-6  # no step is shorter
 BACKLOG_STEPS, NEARLY, LONG_STEP = 10, 0.8, 4.0
 
 
-@dataclass(frozen=True)
-class Mix:
+class Mix(NamedTuple):
     """What a mixed step would be made of. `pending` requests wait or are in prefill, `decoding` sequences would ride
     along, and their step reads `kv_bytes`; `at_once` run together once everybody has come in who may. `blocked`: some
     must wait for a running one to end. `prompt_tokens`: of those pending, up to a full step."""
@@ -63,14 +63,16 @@ def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
         return ()
     chunks = roomy(limits, mix)
     if limits.tpot_s is None:
-        probe = chunks[PROBE : PROBE + 1] or chunks
-        gain = max((_gain_s(costs, mix, chunk) for chunk in probe), default=0.0)
-        if not mix.blocked or gain <= MIX_MARGIN * costs.decode_fixed_s:
+        if not mix.blocked:
+            return ()
+        probe, gains = chunks[PROBE : PROBE + 1] or chunks, _gains_s(costs, mix, chunks)
+        if max((gains[chunk] for chunk in probe), default=0.0) <= MIX_MARGIN * costs.decode_fixed_s:
             return ()
         if any(chunk not in costs.mixed_s for chunk in probe):
             return probe
-        best = max(_gain_rate(costs, mix, chunk) for chunk in chunks if chunk in costs.mixed_s)
-        return tuple(c for c in chunks if c in costs.mixed_s or _gain_rate(costs, mix, c) > best)
+        rates = _per_token(gains, mix)
+        best = max(rate for chunk, rate in rates.items() if chunk in costs.mixed_s)
+        return tuple(chunk for chunk in chunks if chunk in costs.mixed_s or rates[chunk] > best)
     within = _up_to(costs, chunks, mix, limits.tpot_s)
     if within and mix.prompt_tokens <= BACKLOG_STEPS * (within[-1] - mix.decoding):
         return within
@@ -103,8 +105,9 @@ def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
         return Balance(False, None, NOT_MEASURED if worth_trying(costs, limits, mix) else _alone(mix))
     if limits.tpot_s is not None:
         return _within(costs, mix, limits, known)
-    gains = {chunk: _gain_s(costs, mix, chunk) for chunk in known}
-    best = max(known, key=lambda chunk: _gain_rate(costs, mix, chunk))
+    gains = _gains_s(costs, mix, known)
+    rates = _per_token(gains, mix)
+    best = max(known, key=rates.__getitem__)
     if mix.blocked and gains[best] > MIX_MARGIN * costs.decode_fixed_s:
         return Balance(True, best, GAIN, gains)
     return Balance(False, None, _alone(mix), gains)
@@ -114,17 +117,23 @@ def _alone(mix: Mix) -> str:
     return NO_GAIN if mix.blocked else PROMPTS_FIRST
 
 
-def _gain_s(costs: Costs, mix: Mix, chunk: int) -> float:
-    """Seconds that a mixed step saves; where it was not measured, that it would if it cost nothing of its own."""
+def _gains_s(costs: Costs, mix: Mix, chunks: tuple[int, ...]) -> dict[int, float]:
+    """Seconds that a mixed step of each budget saves; where it was not measured, that it would if it cost nothing of
+    its own."""
     share = mix.decoding / max(mix.at_once, mix.decoding, 1) if mix.blocked else 0.0
-    per_token, prompts = costs.prefill_s_per_token, max(chunk - mix.decoding, 0)
-    apart = costs.decode_fixed_s * share + (per_token + min(costs.exposed.values(), default=0.0)) * prompts
-    return apart - costs.mixed_s.get(chunk, per_token * chunk)
+    decode_s, per_token = costs.decode_fixed_s * share, costs.prefill_s_per_token
+    with_compression = per_token + min(costs.exposed.values(), default=0.0)
+    return {
+        chunk: decode_s
+        + with_compression * max(chunk - mix.decoding, 0)
+        - costs.mixed_s.get(chunk, per_token * chunk)
+        for chunk in chunks
+    }
 
 
-def _gain_rate(costs: Costs, mix: Mix, chunk: int) -> float:
+def _per_token(gains_s: Mapping[int, float], mix: Mix) -> dict[int, float]:
     """Seconds saved for each prompt token: of these there are so many, in however many steps."""
-    return _gain_s(costs, mix, chunk) / max(chunk - mix.decoding, 1)
+    return {chunk: gain_s / max(chunk - mix.decoding, 1) for chunk, gain_s in gains_s.items()}
 
 
 def _lasts_s(costs: Costs, mix: Mix, chunk: int) -> float:

@@ -20,6 +20,8 @@ TRIALS = 3  # observations before a cost counts as measured
 UNSEEN, OUTLIER = 2, 4.0
 # Prefill steps of one size compressed inline, before another place is held against them; sizes that are remembered.
 ALIKE, MOST_SIZES = 2, 64
+# Costs follow what is observed: at once while little is known, then, as averages move slowly, every eighth step.
+SETTLED, REFRESH = 64, 8
 PREFILLS = 33  # whose compression is remembered: small ones between large ones must not push those out
 STEP_KINDS = ("prefill", "decode", "mixed")
 
@@ -46,6 +48,7 @@ class Observed:
         self._alike: dict[Amounts, Middle] = {}
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
+        self._observed = 0
         self._odd_run: Counter[str] = Counter()
         self._late_s = 0.0  # what steps took too long while a compression ran beside them
         self._done_tokens = 0  # of compressions that ended while the step observed next was running
@@ -60,10 +63,16 @@ class Observed:
                 fixed, per_byte = self._decode.solve()
             if self._prefill.count >= TRIALS:
                 per_token = self._mean.value
-            # A single observation may be below zero, as noise is; a cost is not.
-            exposed = {place: max(cost, 0.0) for place, cost in _measured(self.exposed).items()}
+            exposed = {
+                place: self._exposed_s(place) for place, seen in self.exposed.items() if seen.count >= TRIALS
+            }
             self._costs = Costs(fixed, per_byte, per_token, exposed, _measured(self.mixed))
         return self._costs
+
+    def _exposed_s(self, place: str) -> float:
+        """Per token. A single observation may be below zero, as noise is; a cost is not."""
+        seen = self.exposed[place]
+        return max(seen.value, 0.0) if seen.count >= TRIALS else 0.0
 
     def know(self, known: KnownCosts) -> None:
         """Begin with what was measured before; own observations outweigh it as they come."""
@@ -98,9 +107,11 @@ class Observed:
         else:
             known = self._prefill.count >= TRIALS
             self._observe_prefill(step, work, elapsed_s, compression_s, base)
-            inline = self.costs.exposed.get(self.limits.places[0], 0.0) if work.compressed else 0.0
+            inline = self._exposed_s(self.limits.places[0]) if work.compressed else 0.0
             lost = elapsed_s - base - inline * work.compressed if known else 0.0
-        self._costs = None
+        self._observed += 1
+        if not step.decode or self._observed < SETTLED or self._observed % REFRESH == 0:
+            self._costs = None
         return lost
 
     def _odd(self, step: Step, elapsed_s: float, expected_s: float) -> bool:

@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from collections.abc import Sequence as Many
 
 from fastcache.core import Sequence
 from fastcache.engine.stages import Load, Queue
 
 
-def load_of(
-    now_s: float,
-    running: Iterable[Sequence],
-    waiting: Collection[Sequence],
-    enough: int,
-    blocked: bool,
-    at_once: int,
-) -> Load:
-    """Count every running sequence, and the tokens to prefill up to `enough`, which is one full step."""
-    prefill, compress, decode, under_way, tokens = [], [], [], 0, 0
-    for seq in running:
-        if seq.to_compress:
-            under_way += seq.under_way
-            if not seq.under_way:
-                compress.append(seq.ready_s)
-        elif not seq.decoding:
-            prefill.append(seq.ready_s)
-            tokens += seq.num_tokens - seq.num_computed
-        elif (
-            seq.num_sampled < seq.request.sampling.max_tokens
-        ):  # not `exhausted`: this runs for all, every step
-            decode.append(seq.ready_s)
-    count = len(prefill) + len(waiting)
-    for seq in waiting:  # a queue may be long: it matters only until a step is full
-        if tokens >= enough:
-            break
-        prefill.append(seq.ready_s)
-        tokens += seq.num_tokens
-    return Load(
-        now_s,
-        Queue(count, min(prefill, default=now_s)),
-        _queue(compress),
-        _queue(decode),
-        tokens,
-        under_way,
-        blocked,
-        at_once,
-    )
+class Queues:
+    """Which running sequences do not decode, kept as they come and go: they are few, and nobody has to look through
+    all the others for them at every step.
+
+    `by_age`: whether anybody asks since when decoding sequences are ready, which does take a look at all.
+    """
+
+    def __init__(self, by_age: bool) -> None:
+        self._by_age = by_age
+        self._early: dict[
+            Sequence, None
+        ] = {}  # admitted and, when last seen, not decoding; in order of admission
+        self._ending: dict[Sequence, None] = {}  # their last token is on its way
+
+    def admitted(self, seq: Sequence) -> None:
+        self._early[seq] = None
+
+    def ends(self, seq: Sequence) -> None:
+        """Its last token is on its way: it stays until that has arrived, and decodes no more."""
+        self._ending[seq] = None
+
+    def left(self, seq: Sequence) -> None:
+        self._early.pop(seq, None)
+        self._ending.pop(seq, None)
+
+    def early(self) -> list[Sequence]:
+        """Sequences in prefill, or whose context is still to be compressed, in order of admission."""
+        if any(seq.decoding and not seq.to_compress for seq in self._early):
+            self._early = {seq: None for seq in self._early if seq.to_compress or not seq.decoding}
+        return list(self._early)
+
+    def decoding(self, running: list[Sequence]) -> list[Sequence]:
+        """Those of `running` that can take another token, in order of admission."""
+        early, ending = self.early() and self._early, self._ending
+        if not early and not ending:
+            return running.copy()
+        return [seq for seq in running if seq not in early and seq not in ending]
+
+    def load(
+        self,
+        now_s: float,
+        running: list[Sequence],
+        waiting: Collection[Sequence],
+        enough: int,
+        blocked: bool,
+        at_once: int,
+    ) -> Load:
+        """Count every running sequence, and the tokens to prefill up to `enough`, which is one full step."""
+        early = self.early()
+        prefill = [seq for seq in early if not seq.to_compress]
+        compress = [seq for seq in early if seq.to_compress and not seq.under_way]
+        tokens = sum(seq.num_tokens - seq.num_computed for seq in prefill)
+        pending = len(prefill) + len(waiting)
+        for seq in waiting:  # a queue may be long: it matters only until a step is full
+            if tokens >= enough:
+                break
+            prefill.append(seq)
+            tokens += seq.num_tokens
+        decoding = len(running) - len(early) - len(self._ending)
+        since_s = _since(self.decoding(running)) if self._by_age else now_s
+        return Load(
+            now_s,
+            Queue(pending, _since(prefill, now_s)),
+            Queue(len(compress), _since(compress)),
+            Queue(decoding, since_s),
+            tokens,
+            blocked,
+            at_once,
+        )
 
 
-def _queue(since: list[float]) -> Queue:
-    return Queue(len(since), min(since, default=0.0))
+def _since(sequences: Many[Sequence], otherwise: float = 0.0) -> float:
+    return min([seq.ready_s for seq in sequences], default=otherwise)

@@ -22,7 +22,7 @@ from fastcache.engine.deadlines import Deadlines
 from fastcache.engine.demand import CompressionPlan, PageDemand
 from fastcache.engine.kv_account import KVAccount
 from fastcache.engine.policy import AFTER
-from fastcache.engine.queues import load_of
+from fastcache.engine.queues import Queues
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, PrefillFirst, StagePolicy, Turn
 from fastcache.engine.tuner import Tuner
 from fastcache.kvcache.pages import PageAllocator
@@ -67,6 +67,7 @@ class Scheduler:
         self.stage = CompressStage(allocator, self.demand, immediate_release)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; prefilling ones included
+        self.queues = Queues(self.policy.by_age)
         self.deadlines = Deadlines()
         self._account = KVAccount()
         self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -92,7 +93,7 @@ class Scheduler:
         blocked = bool(self.waiting) and (self._refused or len(self.waiting) > len(self._seats))
         more = 0 if self._refused else min(len(self.waiting), len(self._seats))
         at_once = len(self.running) + more
-        load = load_of(now_s, self.running, self.waiting, limit, blocked, at_once)
+        load = self.queues.load(now_s, self.running, self.waiting, limit, blocked, at_once)
         for turn in (*self.policy.turns(load), *ANYTHING):
             if (work := self._take(turn)) is not None:
                 return work
@@ -107,12 +108,13 @@ class Scheduler:
         if turn.stage == PREFILL:
             return self._prefill(turn)
         if turn.stage == COMPRESS:
-            return self.stage.plan(self.running, turn.max_seqs)
+            return self.stage.plan(self.queues.early(), turn.max_seqs)
         chunks = self._decode(turn.max_seqs)
         return Step(tuple(chunks), decode=True) if chunks else None
 
     def _prefill(self, turn: Turn) -> Step | None:
-        unfinished = (seq for seq in self.running if not (seq.decoding or seq.to_compress))
+        early = self.queues.early()
+        unfinished = (seq for seq in early if not seq.to_compress)
         tail = max(map(self.demand.tail, (*unfinished, *itertools.islice(self.waiting, 1))), default=1)
         limit, riders, chunks = self.limits.max_num_batched_tokens, [], []
         if turn.together:
@@ -120,7 +122,7 @@ class Scheduler:
         budget = min(limit - len(riders), max(turn.max_tokens or limit, tail))
         place = self.tuner.place() if self.tuner and self.compression else None
         defer = self.policy.deferred or (place is not None and place.startswith(AFTER))
-        for seq in self.running:
+        for seq in self.queues.early():  # anew: one may have made room for those who ride
             if len(chunks) == turn.max_seqs or budget <= 0:
                 break
             if chunk := self.chunks.prefill(seq, budget, split=not chunks, defer=defer):
@@ -156,14 +158,14 @@ class Scheduler:
             self.tuner.admitted()
         seq.seat = self._seats.pop()
         self.running.append(self.waiting.popleft())
+        self.queues.admitted(seq)
         self.stats.peak_running = max(self.stats.peak_running, len(self.running))
         return True
 
     def _decode(self, max_seqs: int | None) -> list[Chunk]:
         """One token for each sequence that can take one, at most `max_seqs`, the longest admitted first."""
-        ready = [seq for seq in self.running if seq.decoding and not seq.to_compress and not seq.exhausted]
         chunks = []
-        for seq in ready[:max_seqs]:
+        for seq in self.queues.decoding(self.running)[:max_seqs]:
             if seq.seat < 0:
                 continue  # preempted below, on behalf of an earlier sequence
             if self.chunks.missing(seq, 1) > self.allocator.available and not self._make_room(seq):
@@ -194,6 +196,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self.queues.left(seq)
         self._seats.append(seq.seat)
         seq.seat = -1
         self.stage.release(seq)
@@ -216,7 +219,8 @@ class Scheduler:
                 seq.num_sampled += 1
                 seq.decoding = True
                 if seq.exhausted:
-                    seq.to_compress = 0  # its only token is on its way: nothing will read its cache again
+                    seq.to_compress = 0  # its last token is on its way: nothing will read its cache again
+                    self.queues.ends(seq)
 
     def _prefilled(self, chunk: Chunk) -> None:
         seq = chunk.seq

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from fastcache.config import STATIC_POLICY
 
@@ -20,26 +20,25 @@ ENOUGH_TOKENS, PATIENCE_S = 256, 0.01
 MIXED_TOKENS = 2_048
 
 
-@dataclass(frozen=True)
-class Queue:
+class Queue(
+    NamedTuple
+):  # as the others below: made at every step, and a frozen dataclass takes four times as long
     """Sequences that could take part in a stage's next batch, and since when the first of them is ready."""
 
     pending: int = 0
     since_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """The engine's queues at one moment. `prefill` counts waiting requests and unfinished prefills; their tokens
-    are counted up to one full step. `under_way`: sequences whose compression has been launched. `blocked`: a
-    waiting request needs a running one to end first. `at_once`: how many run together once all have come in who may."""
+    are counted up to one full step. `blocked`: a waiting request needs a running one to end first. `at_once`: how many
+    run together once all have come in who may. Since when sequences can decode is told to policies `by_age`."""
 
     now_s: float
     prefill: Queue
     compress: Queue
     decode: Queue
     prefill_tokens: int = 0
-    under_way: int = 0
     blocked: bool = False
     at_once: int = 0
 
@@ -48,8 +47,7 @@ class Load:
         return {DECODE: self.decode, COMPRESS: self.compress, PREFILL: self.prefill}
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A stage, and the largest batch it may take: sequences, prefill tokens; None is the engine's own limit.
 
     `together`: decoding sequences ride on the prefill's forward pass.
@@ -63,10 +61,12 @@ class Turn:
 
 class StagePolicy(Protocol):
     """`deferred`: compression is a stage of its own, after prefill, rather than inside its forward pass.
-    `cuts_prompts`: a turn may allow fewer prefill tokens than a step could hold."""
+    `cuts_prompts`: a turn may allow fewer prefill tokens than a step could hold. `by_age`: it asks since when sequences
+    are ready to decode."""
 
     deferred: bool
     cuts_prompts: bool
+    by_age: bool
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         """What to run now, most wanted first; stages that are not named run only if none of these can."""
@@ -79,6 +79,7 @@ class PrefillFirst:
 
     deferred: bool = False
     cuts_prompts: ClassVar[bool] = False
+    by_age: ClassVar[bool] = False
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         return Turn(PREFILL), Turn(COMPRESS), Turn(DECODE)
@@ -90,6 +91,7 @@ class FirstComeFirstServed:
 
     deferred: bool = False
     cuts_prompts: ClassVar[bool] = False
+    by_age: ClassVar[bool] = True
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         pending = [(queue.since_s, stage) for stage, queue in load.queues().items() if queue.pending]
@@ -109,6 +111,7 @@ class FixedBatches:
     decode: int
     deferred: bool = True
     cuts_prompts: ClassVar[bool] = False
+    by_age: ClassVar[bool] = False
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         sizes = {DECODE: self.decode, COMPRESS: self.compress, PREFILL: self.prefill}
@@ -133,6 +136,7 @@ class Dynamic:
     mixed_tokens: int = MIXED_TOKENS
     deferred: bool = False
     cuts_prompts: ClassVar[bool] = True
+    by_age: ClassVar[bool] = False
 
     def turns(self, load: Load) -> tuple[Turn, ...]:
         turns = []

@@ -31,6 +31,7 @@ MOST_TRIALS = 16
 # Trying may cost this share of the time that the engine has run.
 TRYING_SHARE = 0.01
 TRIED, NOTHING = "tried, to measure it", "nothing to balance"
+LATER = Turn(COMPRESS), Turn(DECODE)
 CHEAPEST, FIXED_IS_BEST = (
     "adds least to the main stream",
     "no other place adds clearly less to the main stream",
@@ -40,7 +41,7 @@ CHEAPEST, FIXED_IS_BEST = (
 class Tuner:
     """`copy_bytes_s`: what the device was measured to read and write per second."""
 
-    deferred = False  # as a stage policy: a step's place says where it compresses
+    deferred, by_age = False, False  # as a stage policy: a step's place says where it compresses
 
     def __init__(self, limits: Limits, copy_bytes_s: float) -> None:
         self.limits, self.observed = limits, Observed(limits, copy_bytes_s)
@@ -53,6 +54,7 @@ class Tuner:
         self._chosen = Balance(False, None, NOTHING)
         self._request: tuple[tuple[str, ...], RequestLoad, Decision] | None = None
         self._mix: Mix | None = None
+        self._balanced, self._balanced_with = self._chosen, None
         self._counts: Counter[tuple[str, ...]] = Counter()
         self._first: dict[tuple[str, ...], dict[str, Any]] = {}
 
@@ -119,21 +121,23 @@ class Tuner:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
         self._chosen = chosen = self._balance(load)
         prompts = None if chosen.chunk is None else max(chosen.chunk - load.decode.pending, 1)
-        prefill = Turn(PREFILL, max_tokens=prompts, together=chosen.together)
-        return prefill, Turn(COMPRESS), Turn(DECODE)
+        return Turn(PREFILL, max_tokens=prompts, together=chosen.together), *LATER
 
     def _balance(self, load: Load) -> Balance:
         pending, decoding = load.prefill.pending, load.decode.pending
         if not (pending and decoding and self.limits.chunks):
             return Balance(False, None, NOTHING)
-        observed = self.observed
-        self._mix = mix = Mix(
-            pending, decoding, load.at_once, load.blocked, observed.kv_bytes, load.prefill_tokens
-        )
-        untried = self._untried(worth_trying(observed.costs, self.limits, mix), observed.mixed)
+        observed, costs = self.observed, self.observed.costs
+        kv_bytes = 0.0 if self.limits.tpot_s is None else observed.kv_bytes  # else no answer depends on them
+        mix = Mix(pending, decoding, load.at_once, load.blocked, kv_bytes, load.prefill_tokens)
+        if costs is self._balanced_with and mix == self._mix:
+            return self._balanced
+        self._mix, self._balanced_with = mix, None
+        untried = self._untried(worth_trying(costs, self.limits, mix), observed.mixed)
         if untried is not None and self._may_try():
             return Balance(True, untried, TRIED)
-        return balance(observed.costs, self.limits, mix)
+        self._balanced_with, self._balanced = costs, balance(costs, self.limits, mix)
+        return self._balanced
 
     def _untried(self, names: tuple[Any, ...], observed: dict[Any, Any]) -> Any | None:
         """What still needs a trial; each gets a bounded number of them, whether or not they say anything."""
@@ -164,8 +168,8 @@ class Tuner:
         self._counts[key] += 1
         if key not in self._first:
             self._first[key] = {
-                "inputs": dataclasses.asdict(inputs) if inputs else None,
-                "outcome": dataclasses.asdict(outcome) if outcome else None,
+                "inputs": _named(inputs) if inputs else None,
+                "outcome": _named(outcome) if outcome else None,
                 "costs": dataclasses.asdict(self.observed.costs),
             }
 
@@ -201,3 +205,7 @@ class Tuner:
                 for kind, (n, expected, measured) in self.observed.predicted.items()
             },
         }
+
+
+def _named(values: Any) -> dict[str, Any]:
+    return values._asdict() if isinstance(values, tuple) else dataclasses.asdict(values)

@@ -199,8 +199,8 @@ def test_many_waiting_prompts_come_before_the_bound():
     """Steps of 2,048 tokens are within it, and half as fast as those of 4,096 and more, which are beyond it."""
     costs = dataclasses.replace(H100, mixed_s={2048: 0.12, 4096: 0.13, 8192: 0.3})
     limits = dataclasses.replace(LIMITS, tpot_s=0.125)
-    few = dataclasses.replace(mix(decoding=1, blocked=False, kv_bytes=0.0), prompt_tokens=20_000)
-    many = dataclasses.replace(few, prompt_tokens=64_000)
+    few = mix(decoding=1, blocked=False, kv_bytes=0.0)._replace(prompt_tokens=20_000)
+    many = few._replace(prompt_tokens=64_000)
     assert balance(costs, limits, few).reason == WITHIN
     chosen = balance(costs, limits, many)
     assert (

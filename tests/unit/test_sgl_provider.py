@@ -3,14 +3,20 @@ an operator that was registered once stays for good."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 from native import stand_ins
+
+from fastcache.device.providers import sgl
+from fastcache.device.providers.base import ProviderError
+from fastcache.device.sms import DeviceSms, plan_split
 
 pytestmark = pytest.mark.slow
 
@@ -164,3 +170,22 @@ def test_the_operators_own_refusal_is_a_driver_error(site) -> None:
 def test_a_folder_without_the_library(site) -> None:
     (answer,) = site(None)("show(create(sgl.SPATIAL))")
     assert answer["kind"] == "incomplete_install"
+
+
+def test_a_provider_that_cannot_load_keeps_nothing_of_its_callers(monkeypatch):
+    """Its failure is remembered for the process; an error with its traceback would keep a whole engine."""
+
+    def load() -> None:
+        raise ProviderError("not_installed", "it is not there")
+
+    def call() -> weakref.ref[sgl.SglProvider]:
+        model = sgl.SglProvider("anything that only this frame holds", load)
+        with pytest.raises(ProviderError, match="it is not there"):
+            provider.create(0, plan_split(DeviceSms(132, 8, 8), 0.125, 0.875))
+        return weakref.ref(model)
+
+    monkeypatch.setattr(sgl, "operator_registered", lambda: False)
+    provider = sgl.SglProvider("absent", load)
+    held = [call(), call()]
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]

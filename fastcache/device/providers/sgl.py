@@ -26,7 +26,10 @@ class SglProvider:
     def __init__(self, name: str, load: Callable[[], None]) -> None:
         self.name = name
         self._load = load
-        self._loaded: bool | ProviderError = False
+        self._loaded = False
+        self._refused: tuple[str, str] | None = (
+            None  # kind and cause; the error itself would keep its callers' frames
+        )
 
     def create(self, device: int, split: SmSplit) -> Pair:
         """The operator's pair. It gives an aligned group first and the remainder second."""
@@ -59,15 +62,15 @@ class SglProvider:
 
     def _load_once(self) -> None:
         """Load on the first call; later calls repeat its outcome, so every split of a process records the same."""
-        if self._loaded is False:
+        if not self._loaded and self._refused is None:
             try:
                 if not operator_registered():
                     self._load()
                 self._loaded = True
             except ProviderError as error:
-                self._loaded = error
-        if isinstance(self._loaded, ProviderError):
-            raise ProviderError(self._loaded.kind, str(self._loaded))
+                self._refused = error.kind, str(error)
+        if self._refused is not None:
+            raise ProviderError(*self._refused)
 
     def destroy(self, pair: Pair) -> None:
         """Stream first, then the context that the driver names for it. Needs cuda-bindings; else nothing."""

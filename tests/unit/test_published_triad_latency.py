@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_published_triad as closed
 import yaml
 from jsonschema import Draft202012Validator
 from serving_findings import claims
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results/published/h100-triad-latency"
 ROWS, EARLIER = rows_of("rows.jsonl", FOLDER), rows_of("rows-038f6a8.jsonl", FOLDER)
 TIMES = json.loads((FOLDER / "token-times.json").read_text(encoding="utf-8"))
-PAGE = text(FOLDER / "README.md")
+PAGE, DOCS = text(FOLDER / "README.md"), text(ROOT / "docs/scheduling.md").split("## On an H100")[1]
 STALL_S = 0.1
 ONE, TRIAD = "compression-only", "triad"
 
@@ -162,3 +163,50 @@ def test_what_stalled_at_the_first_rate():
 def test_which_ratios_have_stalls_in_them():
     ratios = [ours["tpot_s"]["p99"] / one["tpot_s"]["p99"] for one, ours in (both(28), both(34, EARLIER))]
     assert "(p99 TPOT {:.2f} and {:.2f} of".format(*ratios) in PAGE
+
+
+def ratio(ours: dict, theirs: dict) -> float:
+    return ours["throughput_tok_s"] / theirs["throughput_tok_s"]
+
+
+def test_the_table_of_the_docs():
+    found = [ratio(*closed.pair(label)[::-1]) for label, *_ in closed.lines("requests |")]
+    short = ratio(*(closed.row(64, 512, 4, variant) for variant in (TRIAD, "baseline")))
+    theirs, ours = both(34)
+    tpot, ttft = (ours[name]["p99"] / theirs[name]["p99"] for name in ("tpot_s", "ttft_s"))
+    took = json.loads((closed.FOLDER / "policy-overhead.json").read_text(encoding="utf-8"))
+    deciding = [took[f"{kind}_step_us"] for kind in ("decode", "mixed", "prefill")]
+    facts = [
+        (f"{min(found[:5]):.3f} to {max(found[:5]):.3f}", min(found[:5]) >= 0.99),
+        *(
+            (f"{value:.3f}", value >= wanted)
+            for value, wanted in zip([*found[5:], short], (1.04, 1.04, 0.99), strict=True)
+        ),
+        *((f"{value:.2f}", value <= most) for value, most in ((tpot, 0.5), (ttft, 1.2))),
+        (f"{ratio(ours, theirs):.2f}", ratio(ours, theirs) >= 0.97),
+        *((f"{us:.0f} us", us <= 50) for us in deciding),
+    ]
+    rows = [line.strip("|").split("|") for line in DOCS.splitlines() if line.startswith("|")][2:]
+    said = [tuple(part.strip() for part in line[2:]) for line in rows]
+    assert said == [(figure, "held" if held else "missed") for figure, held in facts]
+    readme = text(ROOT / "README.md")
+    assert f"{found[5]:.2f} times on a mixed load; at 34 requests per second its p99" in readme
+    assert f"time per token was {tpot:.2f} of" in readme and f"to the first {ttft:.2f} times" in readme
+
+
+def test_the_sentences_of_the_docs():
+    one, triad = closed.ONE, closed.ALL
+    steps = triad["steps"]["mixed"]
+    fewer = one["steps"]["decode"] - triad["steps"]["decode"]
+    each = 1e3 * triad["stage_s"]["mixed"] / steps
+    assert f"{steps} mixed steps, {each:.1f} ms each, took the place of {fewer} decode steps" in DOCS
+    assert 0.45 < triad["stage_s"]["prefill"] / one["stage_s"]["prefill"] < 0.55
+    splits = sorted(
+        (r["granted_sms"]["compress"], ratio(r, closed.WHOLE))
+        for r in closed.ROWS
+        if r["greenctx_main_stream"] and r["variant"] == "greenctx-only"
+    )
+    assert "on {}, {}, {} or {} SMs".format(*(sms for sms, _ in splits)) in DOCS
+    assert "has {:.2f}, {:.2f}, {:.2f} and {:.2f} of".format(*(share for _, share in splits)) in DOCS
+    gaps = [1e3 * r["token_gap_s"]["p99"] for r in both(34)[::-1]]
+    assert "(p99 between two tokens {:.0f} ms, not {:.0f})".format(*gaps) in DOCS

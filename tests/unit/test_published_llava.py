@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 
@@ -22,25 +23,44 @@ def text(path: Path) -> str:
 
 
 PAGE, DOCS = text(FOLDER / "README.md"), text(ROOT / "docs/llava.md")
-ROWS = [json.loads(line) for line in (FOLDER / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
+
+
+def by_key(rows: list[dict]) -> dict[tuple, dict]:
+    return {
+        (r["batch_size"], r["context_used"], bool(r["images"]), r["variant"], r["method"]): r for r in rows
+    }
+
+
+ROWS, BEFORE = read("rows.jsonl"), read("rows-272a924.jsonl")
 PLAN = json.loads((FOLDER / "plan.json").read_text(encoding="utf-8"))
-BY_KEY = {(r["batch_size"], r["context_used"], bool(r["images"]), r["variant"], r["method"]): r for r in ROWS}
+BY_KEY, BEFORE_BY_KEY = by_key(ROWS), by_key(BEFORE)
 TRIADS = [r for r in ROWS if r["variant"] == "triad"]
 SPEED = "throughput_tok_s"
 
 
-def row(batch: int, context: int, picture: bool, which: tuple[str, str | None]) -> dict:
-    return BY_KEY[(batch, context, picture, *which)]
+def row(batch: int, context: int, picture: bool, which: tuple[str, str | None], of: dict = BY_KEY) -> dict:
+    return of[(batch, context, picture, *which)]
 
 
-def beside(triad: dict) -> dict:
-    """The row of the same requests that compresses inline."""
-    return row(triad["batch_size"], triad["context_used"], bool(triad["images"]), COMPRESSED)
+def same_requests(triad: dict, variant: str) -> dict:
+    """The row of another variant, of the same method where it has one."""
+    method = None if variant == "baseline" else triad["method"]
+    return row(triad["batch_size"], triad["context_used"], bool(triad["images"]), (variant, method))
 
 
-def lines() -> list[list[str]]:
+def inline(triad: dict) -> dict:
+    return same_requests(triad, "compression-only")
+
+
+def lines(columns: int = 6) -> list[list[str]]:
+    """Of the tables whose first column names requests."""
     found = (line for line in PAGE.splitlines() if line.startswith("|") and CELL.search(line))
-    return [[part.strip() for part in line.strip("|").split("|")] for line in found]
+    parted = [[part.strip() for part in line.strip("|").split("|")] for line in found]
+    return [parts for parts in parted if len(parts) == columns]
 
 
 def ends(values, digits: int = 2) -> str:
@@ -48,15 +68,17 @@ def ends(values, digits: int = 2) -> str:
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
-def gains(picture: bool | None = None) -> list[float]:
+def ratios(rows: list[dict], other, field: str | None = None) -> list[float]:
+    """Of throughput, or of a stage's seconds, to what `other` gives for a row."""
+    if field is None:
+        return [r[SPEED] / other(r)[SPEED] for r in rows]
+    return [r["stage_s"][field] / other(r)["stage_s"][field] for r in rows]
+
+
+def gains(picture: bool) -> list[float]:
     """Compression only against the baseline, with `mlp`."""
-    return [
-        row(b, c, p, COMPRESSED)[SPEED] / row(b, c, p, BASELINE)[SPEED]
-        for p in (True, False)
-        for c in CONTEXTS
-        for b in BATCHES
-        if picture in (None, p)
-    ]
+    pairs = ((b, c, picture) for c in CONTEXTS for b in BATCHES)
+    return [row(*each, COMPRESSED)[SPEED] / row(*each, BASELINE)[SPEED] for each in pairs]
 
 
 @pytest.mark.parametrize("line", lines(), ids=lambda line: " ".join(line[:3]))
@@ -66,83 +88,129 @@ def test_throughput(line):
     full = row(batch, context, picture == "yes", BASELINE)[SPEED]
     ours = []
     for variant in ("compression-only", "triad"):
-        found = BY_KEY.get((batch, context, picture == "yes", variant, method))
-        ours.append(f"{found[SPEED]:,.0f}, {found[SPEED] / full:.2f}" if found else "not measured")
+        found = row(batch, context, picture == "yes", (variant, method))[SPEED]
+        ours.append(f"{found:,.0f}, {found / full:.2f}")
     assert figures == [f"{full:,.0f}", *ours]
 
 
-def test_every_cell_is_on_the_page_and_those_that_are_missing_are_said_to_be():
-    cells = {r["cell_id"]: r["cell"] for r in ROWS}
-    assert cells == {name: PLAN["cells"][name] for name in cells} and len(BY_KEY) == len(ROWS) == 60
-    missing = [cell for name, cell in PLAN["cells"].items() if name not in cells]
-    assert {cell["variant"] for cell in missing} == {"triad"} and len(missing) == 14
-    assert sum("not measured" in line for line in lines()) == len(missing) and len(lines()) == 25
-    for page in (PAGE, DOCS):
-        assert f"f {len(PLAN['cells'])} cells {len(ROWS)} were measured" in page.replace("its ", "")
-    counts = [sum(r["variant"] == name for r in ROWS) for name in ("baseline", "compression-only", "triad")]
-    assert (
-        "the {} of the baseline, the {} with compression only, and {} of the 25 of triad".format(*counts)
-        in PAGE
-    )
-    assert (
-        f"and {counts[2]} of the 25 of `triad`" in DOCS and f"the other {len(missing)}; `plan.json`" in PAGE
-    )
+def test_every_cell_is_there_and_on_the_page():
+    assert {r["cell_id"]: r["cell"] for r in ROWS} == PLAN["cells"]
+    assert len(BY_KEY) == len(ROWS) == 74 and len(lines()) == len(TRIADS) == 25
+    assert len({tuple(line[:3]) for line in lines()}) == 25
+    assert f"All of its {len(ROWS)} cells" in PAGE and f"all {len(ROWS)} cells, each once" in DOCS
 
 
 def test_how_they_were_measured():
-    assert {r["status"] for r in ROWS} == {"ok"} and {r["git_commit"][:7] for r in ROWS} == {"272a924"}
-    assert all(len(r["git_commit"]) == 40 for r in ROWS)  # no "-dirty" behind it
+    assert {r["status"] for r in ROWS} == {"ok"} and {r["git_commit"][:7] for r in ROWS} == {"9ad49d2"}
+    assert all(len(r["git_commit"]) == 40 for r in ROWS + BEFORE)  # no "-dirty" behind it
     assert len({r["source_digest"] for r in ROWS}) == 1
     assert {len(r["repeats"]["values"]) for r in ROWS} == {1}
-    shared = sorted(r["process_cells_before"] for r in ROWS if r["variant"] != "triad")
-    assert shared == list(range(len(shared)))  # one after another
-    assert sorted(r["process_cells_before"] for r in TRIADS) == [0] * 10 + [len(shared)]
+    began = sorted(datetime.fromisoformat(r["started_at"]) for r in ROWS)
+    assert f"the last began {(began[-1] - began[0]).total_seconds():.0f} s after the first" in PAGE
+    assert f"processes that at most {max(r['process_cells_before'] for r in ROWS) + 1} cells shared" in PAGE
+    assert "of commit 9ad49d2 without changes" in PAGE
+
+
+def test_the_rows_of_before_are_comparable():
+    assert {r["status"] for r in BEFORE} == {"ok"} and {r["git_commit"][:7] for r in BEFORE} == {"272a924"}
+    assert {r["variant"] for r in BEFORE} == {"baseline", "compression-only"} and len(BEFORE) == 49
+    for same in ("device", "versions", "attention_backend"):
+        assert len({json.dumps(r[same], sort_keys=True) for r in ROWS + BEFORE}) == 1
+    assert all(r["cell"] == BY_KEY[key]["cell"] for key, r in BEFORE_BY_KEY.items())
+
+
+def test_what_is_said_of_noise():
+    text_only = [key for key in BEFORE_BY_KEY if not key[2]]
+    then = ends(BY_KEY[key][SPEED] / BEFORE_BY_KEY[key][SPEED] for key in text_only)
+    assert f"The {len(text_only)} cells without pictures" in PAGE
+    assert f"have {then} times the throughput that they had" in PAGE
+    decode = {
+        (b, c, which): row(b, c, True, which)["stage_s"]["decode"]
+        / row(b, c, False, which)["stage_s"]["decode"]
+        for which in (BASELINE, COMPRESSED)
+        for b in BATCHES
+        for c in CONTEXTS
+    }
+    assert f"takes {ends(decode.values())} times as long with pictures as without" in PAGE
+    odd = decode.pop((4, 1024, COMPRESSED))
+    assert f"at 4 x 1024 compressed it is {odd:.2f}, else {min(decode.values()):.2f} or more" in PAGE
 
 
 def test_compression_only_against_the_baseline():
-    assert f"is {ends(gains())} times the baseline, more with" in PAGE
-    assert f"It is {ends(gains())} times the baseline's throughput" in DOCS
-    assert f"`mlp` gave {ends(gains())} times the baseline's" in text(ROOT / "README.md")
+    every = ends(gains(True) + gains(False))
+    assert f"is {every} times the baseline, more with" in PAGE
+    assert f"It is {every} times the baseline's throughput" in DOCS
+    assert f"`mlp` gave {every} times the baseline's" in text(ROOT / "README.md")
     for picture in (True, False):
-        ratios = [f"{gain:.2f}" for gain in gains(picture)]
+        found = [f"{gain:.2f}" for gain in gains(picture)]
         for i, context in enumerate(CONTEXTS):
-            cells = [("no", "yes")[picture], str(context), *ratios[4 * i : 4 * i + 4]]
+            cells = [("no", "yes")[picture], str(context), *found[4 * i : 4 * i + 4]]
             assert f"| {' | '.join(cells)} |" in DOCS
-            assert ratios[4 * i : 4 * i + 4] == sorted(ratios[4 * i : 4 * i + 4])  # larger batches gain more
+            assert found[4 * i : 4 * i + 4] == sorted(found[4 * i : 4 * i + 4])  # larger batches gain more
         for batch in range(4):
-            assert ratios[batch::4] == sorted(ratios[batch::4])  # and longer contexts
+            assert found[batch::4] == sorted(found[batch::4])  # and longer contexts
+
+
+def test_merging_beside_evicting():
+    full = row(16, 2048, True, BASELINE)[SPEED]
+    said = [
+        f"{row(16, 2048, True, (variant, method))[SPEED] / full:.2f}"
+        for variant in ("compression-only", "triad")
+        for method in ("mlp", "snapkv")
+    ]
+    inside = "`mlp` has {} times the baseline's throughput and `snapkv` {}; in `triad` {} and {}."
+    assert inside.format(*said) in PAGE
 
 
 def test_what_ran_at_once():
     for picture in (True, False):
-        both = [row(32, 3968, picture, which) for which in (BASELINE, COMPRESSED)]
-        ran = [r["peak_running"] for r in both]
+        found = [row(32, 3968, picture, which) for which in (BASELINE, COMPRESSED, ("triad", "mlp"))]
+        ran = [r["peak_running"] for r in found]
         assert "{} sequences fit at once uncompressed, and all {} when compressed".format(*ran) in PAGE
-        assert f"fit only compressed: {ran[0]} ran at once without" in DOCS
-        peaks = [r["peak_kv_bytes"] / 2**30 for r in both]
-        assert "in use is {:.1f} GiB and {:.1f} GiB".format(*peaks) in PAGE
+        assert f"fit only compressed: {ran[0]} ran at once without" in DOCS and ran[1] == ran[2]
+        peaks = [r["peak_kv_bytes"] / 2**30 for r in found]
+        assert "in use is {:.1f} GiB and {:.1f} GiB".format(*peaks) in PAGE and peaks[1] == peaks[2]
+
+
+def outside_s(of: dict) -> float:
+    """Of a row's time, what is no step's."""
+    return of["elapsed_s"] - sum(of["stage_s"].values())
+
+
+def per_picture(rows: dict, batches: tuple[int, ...], seconds) -> float:
+    """Milliseconds that a picture adds: the median over pairs of cells with and without."""
+    pairs = (
+        (row(b, c, True, which, rows), row(b, c, False, which, rows))
+        for which in (BASELINE, COMPRESSED)
+        for b in batches
+        for c in CONTEXTS
+    )
+    return 1e3 * median((seconds(a) - seconds(z)) / a["batch_size"] for a, z in pairs)
 
 
 def test_what_pictures_cost():
-    pairs = {
-        which: [(row(b, c, True, which), row(b, c, False, which)) for c in CONTEXTS for b in BATCHES]
+    def elapsed(r: dict) -> float:
+        return r["elapsed_s"]
+
+    both = (BEFORE_BY_KEY, BY_KEY)
+    for batches in ((2,), (4,), (16,), (32,), BATCHES):
+        figures = [per_picture(rows, batches, part) for part in (elapsed, outside_s) for rows in both]
+        label = str(batches[0]) if len(batches) == 1 else "any"
+        assert f"| {label} | {' | '.join(f'{figure:.1f}' for figure in figures)} |" in PAGE
+    then, now = (per_picture(rows, BATCHES, lambda r: r["stage_s"]["prefill"]) for rows in both)
+    assert f"takes {now:.1f} ms of it in the median pair, and took {then:.1f}" in PAGE
+    then, now = (per_picture(rows, BATCHES, elapsed) for rows in both)
+    assert f"{now:.1f} ms a picture in the median, and {then:.1f} ms at 272a924" in DOCS
+
+
+def test_what_pictures_leave():
+    shares = [
+        [row(b, c, True, which)[SPEED] / row(b, c, False, which)[SPEED] for c in CONTEXTS for b in BATCHES]
         for which in (BASELINE, COMPRESSED)
-    }
-    shares = {which: [seen[SPEED] / text_[SPEED] for seen, text_ in of] for which, of in pairs.items()}
-    assert f"leaves {ends(shares[BASELINE])} of the baseline's throughput without one" in PAGE
-    assert f"and {ends(shares[COMPRESSED])} of that with compression, least at 32 x 1024 in both" in PAGE
-    assert all(min(found) == found[3] for found in shares.values())
-    assert (
-        f"leaves {ends(share for of in shares.values() for share in of)} of the throughput of the same cell without"
-        in DOCS
-    )
-    every = [pair for of in pairs.values() for pair in of]
-    all_of_it = median((a["elapsed_s"] - z["elapsed_s"]) / a["batch_size"] for a, z in every)
-    prefill = median((a["stage_s"]["prefill"] - z["stage_s"]["prefill"]) / a["batch_size"] for a, z in every)
-    assert f"adds {1e3 * all_of_it:.1f} ms in the median pair of cells" in PAGE
-    assert f"vision tower included, takes {1e3 * prefill:.1f} ms" in PAGE
-    assert f"{1e3 * all_of_it:.1f} ms a picture in the median, most of it on the host" in DOCS
-    assert prefill < all_of_it / 2
+    ]
+    assert f"leaves {ends(shares[0])} of the baseline's throughput without one" in PAGE
+    assert f"and {ends(shares[1])} of that with compression" in PAGE
+    assert f"leaves {ends(shares[0] + shares[1])} of the throughput of the same cell without" in DOCS
 
 
 def test_where_batching_pictures_gains():
@@ -169,38 +237,65 @@ def test_what_merging_costs():
     assert f"with pictures is {1 - merged / full:.1%} slower than the baseline's" in PAGE
 
 
-def test_triad_against_compression_only():
-    ratios = [r[SPEED] / beside(r)[SPEED] for r in TRIADS]
-    assert f"has {ends(ratios)} times the throughput of `compression-only`" in PAGE
-    assert f"`triad` had {ends(ratios)} times the throughput of compression only" in DOCS
-    full = (row(r["batch_size"], r["context_used"], bool(r["images"]), BASELINE) for r in TRIADS)
-    assert f"and {ends(r[SPEED] / f[SPEED] for r, f in zip(TRIADS, full, strict=True))} times" in PAGE
+def test_triad_against_the_others():
+    every = ends(ratios(TRIADS, inline))
+    full = ends(ratios(TRIADS, lambda r: same_requests(r, "baseline")))
+    assert f"`triad` has {every} times the throughput of `compression-only`, and {full} times" in PAGE
+    assert f"`triad` had {every} times the throughput of compression only" in DOCS
+    assert {r["steps"]["mixed"] for r in TRIADS} == {0}
 
 
-def test_what_triad_chose_and_at_what_price():
-    places = []
-    for r in TRIADS:
-        assert r["granted_sms"] == {"main": 132, "compress": 32} and r["cell"]["greenctx_bound"]
-        (place,) = (d for d in r["decisions"]["decisions"] if d["about"] == "place")
-        places.append((r, place["choice"], place["costs"]["exposed"], place["reason"]))
-    moved = [p for p in places if p[1].startswith("beside:")]
-    inline = [p for p in places if p[1] == "inline"]
-    assert len(moved) + len(inline) == len(TRIADS) and {p[3] for p in moved} == {
-        "adds least to the main stream"
-    }
-    free = [p for p in moved if p[2][p[1]] == 0.0]
-    assert f"In {len(moved)} of its {len(TRIADS)} cells it ran compression beside the prefill" in PAGE
-    assert f"In {len(free)} of those it had priced that at nothing" in PAGE
+def place(r: dict) -> dict:
+    assert r["granted_sms"] == {"main": 132, "compress": 32} and r["cell"]["greenctx_bound"]
+    (found,) = (d for d in r["decisions"]["decisions"] if d["about"] == "place")
+    return found
 
-    def took(stage: str, of: list) -> str:
-        return ends(p[0]["stage_s"][stage] / beside(p[0])["stage_s"][stage] for p in of)
 
-    assert f"the prefill took {took('prefill', free)} times as long" in PAGE
-    theirs, ours = row(16, 2048, True, ("triad", "mlp")), row(16, 2048, True, COMPRESSED)
-    seconds = [r["stage_s"]["prefill"] for r in (theirs, ours)]
-    assert "with pictures {:.3f} s, not {:.3f}".format(*seconds) in PAGE
-    assert f"Decoding took {took('decode', moved)} times as long" in PAGE
-    same = "{:.2f} and {:.2f} times".format(*sorted(p[0][SPEED] / beside(p[0])[SPEED] for p in inline)[::-1])
-    assert (
-        f"In the other {len(inline)} cells triad chose what `compression-only` does, and has {same}" in PAGE
-    )
+MOVED = [r for r in TRIADS if place(r)["choice"] != "inline"]
+
+
+def test_where_triad_compressed():
+    alike = [r for r in TRIADS if r not in MOVED]
+    assert {place(r)["reason"] for r in alike} == {"no other place adds clearly less to the main stream"}
+    assert {place(r)["reason"] for r in MOVED} == {"adds least to the main stream"}
+    assert {place(r)["choice"] for r in MOVED} == {"beside:32", "beside:16"}
+    pictured = sum(bool(r["images"]) for r in MOVED)
+    assert f"All {len(MOVED)} have 2 or 4 requests, and {pictured} have pictures." in PAGE
+    assert {r["batch_size"] for r in MOVED} == {2, 4}
+    assert f"In {len(alike)} of its {len(TRIADS)} cells, all those of 16 and 32 requests among them" in PAGE
+    assert f'main stream": {ends(ratios(alike, inline))} times the throughput, as equal cells' in PAGE
+    slow = [ratio for ratio in ratios(MOVED, inline) if ratio < 0.97]
+    assert f"In the other {len(MOVED)} it compressed beside the prefill" in PAGE
+    assert f"{ends(ratios(MOVED, inline))} times, below 0.97 in {len(slow)} of them" in PAGE
+    for said in (
+        f"In {len(alike)} of its {len(TRIADS)} cells it did the same",
+        f"in {len(MOVED)}, of 2 and 4",
+    ):
+        assert said in DOCS
+
+
+def test_at_what_price():
+    table = {(line[0], line[1]): line[2:] for line in lines(9)}
+    assert len(table) == len(MOVED)
+    for r in MOVED:
+        found, costs = inline(r), place(r)["costs"]["exposed"]
+        full, tokens = same_requests(r, "baseline")["stage_s"]["prefill"], r["prompt_tokens"]
+        took = [1e6 * (each["stage_s"]["prefill"] - full) / tokens for each in (found, r)]
+        prices = [1e6 * costs[name] for name in ("inline", place(r)["choice"])]
+        label = f"{r['batch_size']} x {r['context_used']} + 128", ("no", "yes")[bool(r["images"])]
+        stages = [r["stage_s"][stage] / found["stage_s"][stage] for stage in ("prefill", "decode")]
+        figures = [f"{r[SPEED] / found[SPEED]:.3f}", *(f"{stage:.2f}" for stage in stages)]
+        for price, real in zip(prices, took, strict=True):
+            figures += [f"{price:.2f}", f"{real:.2f}"]
+        assert table[label] == figures
+        assert costs == r["decisions"]["costs"]["exposed"]  # behind the timed round as before it
+    free = [r for r in MOVED if place(r)["costs"]["exposed"][place(r)["choice"]] == 0.0]
+    assert "yet two are nothing still" in PAGE and len(free) == 2
+
+
+def test_what_the_place_cost():
+    slow = [r for r in MOVED if r[SPEED] / inline(r)[SPEED] < 0.97]
+    assert f"took {ends(ratios(slow, inline, 'decode'))} times as long in the {len(slow)}" in PAGE
+    longer = [1e3 * (r["stage_s"]["prefill"] - inline(r)["stage_s"]["prefill"]) for r in slow]
+    assert f"The prefill's part is {ends(longer, 0)} ms of about a second" in PAGE
+    assert all(0.9 < r["elapsed_s"] < 1.3 for r in slow)

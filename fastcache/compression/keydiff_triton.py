@@ -51,7 +51,7 @@ def _anchor_kernel(
     tl.store(out_ptr + (pair * SHARES + share) * DIM + d, total, mask=d < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded"])
 def _cosine_kernel(
     k_ptr,
     lengths_ptr,

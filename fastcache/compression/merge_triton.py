@@ -50,7 +50,7 @@ def _halves(x_ptr, entry, x_entry, column, inside, HALF: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "table_width"])
 def _merge_kernel(
     x_ptr,
     pages_ptr,
@@ -153,7 +153,7 @@ def _merge_kernel(
     _put(pages_ptr, target + HALF, b, inside, LARGEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "table_width"])
 def _copy_kernel(
     k_ptr,
     v_ptr,

@@ -14,7 +14,7 @@ from fastcache.kvcache.pool import KVPool, as_bytes
 ENTRIES = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_budget", "table_width", "fresh_width"])
 def _repack_kernel(
     k_ptr,
     v_ptr,

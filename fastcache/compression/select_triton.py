@@ -17,7 +17,7 @@ from fastcache.compression import base
 MAX_LENGTH = 32_768
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["score_batch", "score_head", "budget_batch", "budget_head", "max_budget"])
 def _select_kernel(
     scores_ptr,
     lengths_ptr,

@@ -79,7 +79,7 @@ def _statistics_kernel(
     tl.store(sum_ptr + out, total, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded"])
 def _weights_kernel(
     q_ptr,
     k_ptr,

@@ -17,7 +17,7 @@ def stored_rows(table, entry, inside, head, heads, page_size):
     return (page * heads + head) * page_size + entry % page_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "length"])
 def _gather_kernel(
     pages_ptr,
     table_ptr,

@@ -27,6 +27,7 @@ METHODS = {
     "expected_attention": (32, PACKED),
 }
 launched: list[str] = []
+versions: set[str] = set()
 run_kernel = jit.JITFunction.run
 
 
@@ -46,11 +47,12 @@ class NoDevice:
 def compiled(kernel, *arguments, grid, warmup, **options):
     found = run_kernel(kernel, *arguments, grid=grid, warmup=True, **options)
     assert found.asm["cubin"]
+    versions.add(found.hash)
     launched.append(kernel.fn.__name__)
 
 
-def compress(dtype, name, heads, paged):
-    shape = StepShape(2, heads, 8, 128, dtype, context=150, sequences=3, ratio=0.5, paged=paged)
+def compress(dtype, name, heads, paged, context=150, sequences=3):
+    shape = StepShape(2, heads, 8, 128, dtype, context, sequences, ratio=0.5, paged=paged)
     method = create(CompressionConfig(method=name))
     pool.gather_pages = gather_triton.gather_pages
     StepInputs(method, shape, CPU).layer(1)
@@ -83,3 +85,10 @@ if __name__ == "__main__":
         copy_pages(stored)
     wanted = "_select _gather _repack _anchor _cosine _statistics _weights _mass _moments _logits"
     assert set(launched) == {f"{name}_kernel" for name in wanted.split()}, launched
+    # A length that is a multiple of 16 and one that is not, one context and several: the same machine code. A server
+    # would stand still for each version that it meets first under load.
+    known = set(versions)
+    for name, (heads, _) in METHODS.items():
+        for context, sequences in ((144, 3), (151, 1), (158, 2)):
+            compress(torch.bfloat16, name, heads, False, context, sequences)
+    assert versions == known, f"{len(versions - known)} more versions for other lengths"

@@ -14,9 +14,10 @@ PROBE = 1  # the budget, by number, that tells whether mixed steps can pay at al
 # Tokens of a mixed step that is made to last a given time are a multiple of this.
 CHUNK_STEP = 64
 SHORTEST_S = 1e-6  # no step is shorter
-# Where TPOT is bounded: prompts that would take more steps than this come before the bound, in the smallest step that
-# computes them nearly as fast as any that lasts up to so many times the bound.
-BACKLOG_STEPS, NEARLY, LONG_STEP = 10, 0.8, 4.0
+# Where TPOT is bounded: prompts that would take more than so many steps come before the bound, in steps that last up to
+# so many times as long. Where no step is within it, the smallest is taken that computes prompts nearly as fast as any.
+BACKLOGS, NEARLY = ((4, 2.0), (16, 4.0)), 0.8
+LONG_STEP = max(times for _, times in BACKLOGS)
 
 
 class Mix(NamedTuple):
@@ -47,9 +48,7 @@ GAIN, NO_GAIN = "mixed steps save decode steps", "a mixed step costs more than t
 PROMPTS_FIRST = "no request waits for decode steps: prompts first"
 WITHIN = "the largest mixed step within the bound on TPOT"
 TIGHT = "no mixed step is within the bound on TPOT: the smallest that is nearly as fast as any"
-BACKLOG = (
-    "many prompts wait, which come before the bound on TPOT: the smallest step that is nearly as fast as any"
-)
+BACKLOG = "many prompts wait, which come before the bound on TPOT: a longer step"
 
 
 def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
@@ -74,7 +73,7 @@ def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
         best = max(rate for chunk, rate in rates.items() if chunk in costs.mixed_s)
         return tuple(chunk for chunk in chunks if chunk in costs.mixed_s or rates[chunk] > best)
     within = _up_to(costs, chunks, mix, limits.tpot_s)
-    if within and mix.prompt_tokens <= BACKLOG_STEPS * (within[-1] - mix.decoding):
+    if within and mix.prompt_tokens <= BACKLOGS[0][0] * (within[-1] - mix.decoding):
         return within
     return _up_to(costs, chunks, mix, LONG_STEP * limits.tpot_s)
 
@@ -142,19 +141,26 @@ def _lasts_s(costs: Costs, mix: Mix, chunk: int) -> float:
 
 
 def _within(costs: Costs, mix: Mix, limits: Limits, known: tuple[int, ...]) -> Balance:
-    """As many tokens as keep a step within the bound, so that prompts wait as little as that allows; unless too
-    many wait already, or no step is that short. Between two budgets, steps last what lies between their times."""
+    """As many tokens as keep a step within the bound, so that prompts wait as little as that allows; more if many wait
+    already, or if no step is that short."""
     lasts = {chunk: _lasts_s(costs, mix, chunk) for chunk in known}
-    rates = {chunk: max(chunk - mix.decoding, 0) / seconds for chunk, seconds in lasts.items()}
-    fast = min(chunk for chunk, rate in rates.items() if rate >= NEARLY * max(rates.values()))
-    chunk = max((chunk for chunk, seconds in lasts.items() if seconds <= limits.tpot_s), default=None)
-    if chunk is None:
+    within = _largest(lasts, limits.tpot_s)
+    if within is None:
+        rates = {chunk: max(chunk - mix.decoding, 0) / seconds for chunk, seconds in lasts.items()}
+        fast = min(chunk for chunk, rate in rates.items() if rate >= NEARLY * max(rates.values()))
         return Balance(True, fast, TIGHT, lasts)
-    larger = min((other for other in lasts if other > chunk), default=None)
-    fitting = chunk
-    if larger is not None:
-        share = (limits.tpot_s - lasts[chunk]) / (lasts[larger] - lasts[chunk])
-        fitting += int(share * (larger - chunk)) // CHUNK_STEP * CHUNK_STEP
-    if mix.prompt_tokens > BACKLOG_STEPS * (fitting - mix.decoding) and fast > fitting:
-        return Balance(True, fast, BACKLOG, lasts)
-    return Balance(True, fitting, WITHIN, lasts)
+    steps = mix.prompt_tokens / max(within - mix.decoding, 1)
+    times = max((times for least, times in BACKLOGS if steps > least), default=1.0)
+    chunk = _largest(lasts, times * limits.tpot_s)
+    return Balance(True, chunk, BACKLOG if chunk > within else WITHIN, lasts)
+
+
+def _largest(lasts: Mapping[int, float], seconds: float) -> int | None:
+    """The most tokens of a step that lasts no longer, None if each does: between two budgets, steps last what lies
+    between their times."""
+    chunk = max((chunk for chunk, each in lasts.items() if each <= seconds), default=None)
+    larger = min((other for other in lasts if chunk is not None and other > chunk), default=None)
+    if larger is None:
+        return chunk
+    share = (seconds - lasts[chunk]) / (lasts[larger] - lasts[chunk])
+    return chunk + int(share * (larger - chunk)) // CHUNK_STEP * CHUNK_STEP

@@ -133,7 +133,9 @@ class Tuner:
         if costs is self._balanced_with and mix == self._mix:
             return self._balanced
         self._mix, self._balanced_with = mix, None
-        untried = self._untried(worth_trying(costs, self.limits, mix), observed.mixed)
+        tokens = mix.prompt_tokens + decoding
+        telling = tuple(chunk for chunk in worth_trying(costs, self.limits, mix) if tells(chunk, tokens))
+        untried = self._untried(telling, observed.mixed)
         if untried is not None and self._may_try():
             return Balance(True, untried, TRIED)
         self._balanced_with, self._balanced = costs, balance(costs, self.limits, mix)

@@ -29,7 +29,8 @@ from fastcache.errors import UserError
 
 log = logging.getLogger(__name__)
 CPU_WARMUP_SEQS = 2
-MEASURING_S = 3.0  # of other arrivals, in which an engine that decides measures its costs
+# Of other arrivals: what only load brings up is compiled, and an engine that decides measures its costs.
+UNTIMED_S = 3.0
 
 
 def measure(
@@ -64,10 +65,10 @@ def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None
             arrivals = plan_arrivals(cell.workload, row["rate"], cell.window_s, cell.seed, words)
             if not warm:
                 warm_up(llm, arrivals, CPU_WARMUP_SEQS if kind == "cpu" else warm_sequences(cell))
-                if cell.variant == TRIAD:
-                    before = plan_arrivals(cell.workload, row["rate"], MEASURING_S, cell.seed + 1, words)
+                if kind != "cpu" or cell.variant == TRIAD:
+                    before = plan_arrivals(cell.workload, row["rate"], UNTIMED_S, cell.seed + 1, words)
                     llm.explore(freely=True)
-                    drive(llm, before, MEASURING_S + cell.drain_s)
+                    drive(llm, before, UNTIMED_S + cell.drain_s)
                     llm.explore(freely=False)
                 warm = True
             others = OtherLoad()

@@ -16,7 +16,7 @@ CHUNK_STEP = 64
 SHORTEST_S = 1e-6  # no step is shorter
 # Where TPOT is bounded: prompts that would take more than so many steps come before the bound, in steps that last up to
 # so many times as long. Where no step is within it, the smallest is taken that computes prompts nearly as fast as any.
-BACKLOGS, NEARLY = ((4, 2.0), (16, 4.0)), 0.8
+BACKLOGS, NEARLY = ((5, 1.5), (10, 2.0), (16, 4.0)), 0.8
 LONG_STEP = max(times for _, times in BACKLOGS)
 
 

@@ -125,14 +125,14 @@ class Scheduler:
         for seq in self.queues.early():  # anew: one may have made room for those who ride
             if len(chunks) == turn.max_seqs or budget <= 0:
                 break
-            if chunk := self.chunks.prefill(seq, budget, split=not chunks, defer=defer):
+            if chunk := self.chunks.prefill(seq, budget, split=turn.split or not chunks, defer=defer):
                 chunks.append(chunk)
                 budget -= chunk.length
         while self.waiting and budget > 0 and self._seats and len(chunks) != turn.max_seqs:
             seq = self.waiting[0]
             if not self._admit(seq):
                 break
-            chunk = self.chunks.prefill(seq, budget, split=not chunks, defer=defer)
+            chunk = self.chunks.prefill(seq, budget, split=turn.split or not chunks, defer=defer)
             if chunk is None:
                 break
             chunks.append(chunk)

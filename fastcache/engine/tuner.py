@@ -121,7 +121,8 @@ class Tuner:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
         self._chosen = chosen = self._balance(load)
         prompts = None if chosen.chunk is None else max(chosen.chunk - load.decode.pending, 1)
-        return Turn(PREFILL, max_tokens=prompts, together=chosen.together), *LATER
+        together = chosen.together
+        return Turn(PREFILL, max_tokens=prompts, together=together, split=together), *LATER
 
     def _balance(self, load: Load) -> Balance:
         pending, decoding = load.prefill.pending, load.decode.pending

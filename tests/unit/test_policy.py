@@ -200,7 +200,7 @@ def test_many_waiting_prompts_come_before_the_bound():
     costs = dataclasses.replace(H100, mixed_s={2048: 0.12, 4096: 0.13, 8192: 0.3})
     limits = dataclasses.replace(LIMITS, tpot_s=0.125)
     few = mix(decoding=1, blocked=False, kv_bytes=0.0)._replace(prompt_tokens=10_000)
-    more, many = few._replace(prompt_tokens=20_000), few._replace(prompt_tokens=64_000)
+    more, many = few._replace(prompt_tokens=40_000), few._replace(prompt_tokens=64_000)
     chosen = [balance(costs, limits, each) for each in (few, more, many)]
     assert [each.reason for each in chosen] == [WITHIN, BACKLOG, BACKLOG]
     assert [each.chunk for each in chosen] == [3072, 6976, 8192]

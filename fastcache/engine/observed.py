@@ -44,6 +44,7 @@ class Observed:
         self.limits = limits
         self._decode, self._prefill, self._mean = Plane(1 / copy_bytes_s), Plane(), Ratio()
         self.exposed = {place: Middle(PREFILLS) for place in limits.places}
+        self._seen_tokens: dict[str, int] = {}
         self.mixed = {chunk: Middle() for chunk in limits.chunks}
         self._alike: dict[Amounts, Middle] = {}
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
@@ -66,7 +67,8 @@ class Observed:
             exposed = {
                 place: self._exposed_s(place) for place, seen in self.exposed.items() if seen.count >= TRIALS
             }
-            self._costs = Costs(fixed, per_byte, per_token, exposed, _measured(self.mixed))
+            seen, mixed = dict(self._seen_tokens), _measured(self.mixed)
+            self._costs = Costs(fixed, per_byte, per_token, exposed, mixed, seen)
         return self._costs
 
     def _exposed_s(self, place: str) -> float:
@@ -181,6 +183,7 @@ class Observed:
             exposed = compression_s if on_main else self._beyond_alike(work, elapsed_s, base_s)
             if exposed is not None:
                 self.exposed[place].add(work.compressed, exposed)
+                self._seen_tokens[place] = max(self._seen_tokens.get(place, 0), work.compressed)
             if on_main:
                 self._alike_of(work).add(1.0, elapsed_s)
         if on_main or not work.compressed:

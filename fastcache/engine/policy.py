@@ -22,7 +22,8 @@ PAYS_MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured on this device. `exposed`: seconds per context token that compression adds to the main stream, by place.
+    """Measured on this device. `exposed`: seconds per context token that compression adds to the main stream, by place;
+    `seen_tokens`: how many were compressed in the largest step that this was seen in.
     `mixed_s`: seconds of a mixed step beyond the KV bytes that its decoding rows read, by its budget of tokens;
     `decode_fixed_s`: the same of a decode step."""
 
@@ -31,6 +32,7 @@ class Costs:
     prefill_s_per_token: float | None = None
     exposed: Mapping[str, float] = field(default_factory=dict)
     mixed_s: Mapping[int, float] = field(default_factory=dict)
+    seen_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ TOO_LITTLE = "compression would give back less than a hundredth of the prefill"
 def decide(costs: Costs, load: RequestLoad, limits: Limits) -> Decision:
     """Whether to compress this request's context, and where."""
     known = {place: costs.exposed[place] for place in limits.places if place in costs.exposed}
-    place = cheapest(costs, limits)
+    place = cheapest(costs, limits, load.context)
     if costs.decode_fixed_s is None or costs.decode_s_per_byte is None or place is None:
         return Decision(True, limits.places[0], NOT_MEASURED)
     predicted = {"whole": _decode_s(costs, load, limits, load.context)}
@@ -97,16 +99,26 @@ def _margin_s(costs: Costs, load: RequestLoad) -> float:
     return PAYS_MARGIN * load.context * (costs.prefill_s_per_token or 0.0)
 
 
-def cheapest(costs: Costs, limits: Limits) -> str | None:
-    """The place that adds least to the main stream. The fixed choice stays unless another is better by more than the
-    times of two equal steps differ; None while the fixed one was not measured, which no other can be held against."""
-    known = {place: costs.exposed[place] for place in limits.places if place in costs.exposed}
+def cheapest(costs: Costs, limits: Limits, tokens: int) -> str | None:
+    """The place that adds least to the main stream where `tokens` of contexts are compressed in one step. The fixed
+    choice stays unless another is better by more than the times of two equal steps differ, and was seen in a step
+    nearly as large; None while the fixed one was not measured, which no other can be held against."""
     first = limits.places[0] if limits.places else None
+    known = {
+        place: costs.exposed[place]
+        for place in limits.places
+        if place in costs.exposed and (place == first or seen_nearly(costs, place, tokens))
+    }
     if first not in known:
         return None
     best = min(known, key=known.__getitem__)
     margin = PLACE_MARGIN * (costs.prefill_s_per_token or 0.0)
     return best if known[first] - known[best] > margin else first
+
+
+def seen_nearly(costs: Costs, place: str, tokens: int) -> bool:
+    """What compression adds beside a small prefill says little of a large one, whose kernels fill the device."""
+    return 4 * costs.seen_tokens.get(place, tokens) >= 3 * tokens
 
 
 def break_even(costs: Costs, load: RequestLoad, limits: Limits, place: str) -> float | None:

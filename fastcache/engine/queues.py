@@ -74,7 +74,7 @@ class Queues:
             Queue(pending, _since(prefill, now_s)),
             Queue(len(compress), _since(compress)),
             Queue(decoding, since_s),
-            tokens,
+            min(tokens, enough),
             blocked,
             at_once,
         )

@@ -36,6 +36,7 @@ CHEAPEST, FIXED_IS_BEST = (
     "adds least to the main stream",
     "no other place adds clearly less to the main stream",
 )
+NOT_SEEN = "what another place adds was seen in smaller steps alone"
 
 
 class Tuner:
@@ -52,6 +53,7 @@ class Tuner:
         self.freely = False  # whether trying may cost what it likes
         self._ran_s = self._lost_s = 0.0
         self._chosen = Balance(False, None, NOTHING)
+        self._ahead = 0  # tokens that the next prefill may have
         self._request: tuple[tuple[str, ...], RequestLoad, Decision] | None = None
         self._mix: Mix | None = None
         self._balanced, self._balanced_with = self._chosen, None
@@ -96,12 +98,15 @@ class Tuner:
         return self._place()[0]
 
     def _place(self) -> tuple[str, str]:
-        untried, best = self._untried_place(), cheapest(self.observed.costs, self.limits)
+        untried, costs = self._untried_place(), self.observed.costs
+        best = cheapest(costs, self.limits, self._ahead)
         if untried is not None and self._may_try():
             return untried, TRIED
         if best is None:
             return self.limits.places[0], NOT_MEASURED
-        return best, CHEAPEST if best != self.limits.places[0] else FIXED_IS_BEST
+        if best != self.limits.places[0]:
+            return best, CHEAPEST
+        return best, FIXED_IS_BEST if cheapest(costs, self.limits, 0) == best else NOT_SEEN
 
     def _untried_place(self) -> str | None:
         """The fixed place first. Where that costs next to nothing, no other can be clearly better; and one that was
@@ -121,6 +126,7 @@ class Tuner:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
         self._chosen = chosen = self._balance(load)
         prompts = None if chosen.chunk is None else max(chosen.chunk - load.decode.pending, 1)
+        self._ahead = load.prefill_tokens if prompts is None else min(prompts, load.prefill_tokens)
         together = chosen.together
         return Turn(PREFILL, max_tokens=prompts, together=together, split=together), *LATER
 

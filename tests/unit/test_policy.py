@@ -105,7 +105,15 @@ def test_it_takes_the_cheapest_alternative(situation, output):
 def test_the_fixed_place_stays_unless_another_is_clearly_better():
     for other, best in ((0.5 * 3e-7, "inline"), (0.0, "beside:16")):
         costs = dataclasses.replace(H100, exposed={"inline": 3e-7, "beside:16": other})
-        assert cheapest(costs, LIMITS) == best
+        assert cheapest(costs, LIMITS, 8_000) == best
+
+
+def test_a_place_seen_in_small_steps_alone_is_not_taken_for_large_ones():
+    costs = dataclasses.replace(
+        H100, exposed={"inline": 3e-7, "beside:16": 0.0}, seen_tokens={"inline": 2_000, "beside:16": 2_000}
+    )
+    places = [cheapest(costs, LIMITS, tokens) for tokens in (500, 2_666, 2_667, 30_000)]
+    assert places == ["beside:16", "beside:16", "inline", "inline"]
 
 
 def test_nothing_is_decided_before_it_is_measured():

@@ -26,7 +26,7 @@ def looked_at(now_s, running, waiting, enough, blocked, at_once) -> Load:
         Queue(len(prefill) + len(waiting), min((seq.ready_s for seq in ready), default=now_s)),
         Queue(len(compress), min((seq.ready_s for seq in compress), default=0.0)),
         Queue(len(decode), min((seq.ready_s for seq in decode), default=0.0)),
-        tokens,
+        min(tokens, enough),
         blocked,
         at_once,
     )

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import deciding
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -92,6 +93,16 @@ def test_baselines_of_the_same_requests_were_slower_where_they_were_measured():
         ]
         assert full["variant"] == "baseline" and full[SPEED] < min(r[SPEED] for r in same)
     assert len(table) == 5 and "in each of the five" in PAGE
+
+
+def test_the_published_page_has_the_table():
+    page = (FOLDER / "report.html").read_text(encoding="utf-8")
+    found = deciding.against_fixed(ROWS)
+    assert len(found) == 11 and [each.bound for each in found] == 7 * [False] + 4 * [True]
+    for each in found:
+        cells = [f"{each.best[SPEED]:,.0f}", f"{each.row[SPEED]:,.0f}", f"{each.ratio:.3f}"]
+        assert "".join(f'<td class="n">{cell}</td>' for cell in cells) in page
+    assert deciding.sentence(found) in page
 
 
 def test_which_cells_there_are():

@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import matplotlib.pyplot as plt
 import pytest
+import render_serving
 import yaml
 from conftest import ROOT
 from plot_serving import FIGURES
@@ -182,6 +183,18 @@ def test_figures_of_several_workloads_and_of_a_model_that_failed(rows, tmp_path)
 
 def cell_of(row: dict) -> ServingCell:
     return ServingCell.from_dict(row["cell"])
+
+
+def test_a_rate_that_was_slower_than_a_higher_one_is_called_out(rows):
+    def said(policy: str, times: float) -> list[str]:
+        own = [dict(row) for row in rows if row["policy"] == policy and row["method"] == "knorm"]
+        less = min(own, key=lambda row: row["rate"])
+        most = max(row["ttft_s"]["p99"] for row in own)
+        less["ttft_s"] = less["ttft_s"] | {"p99": times * most}
+        return [note for note, row_id in render_serving.slower_than_more(own) if row_id == less["row_id"]]
+
+    assert said("dynamic", 1.5) == [] and "compare nothing at this rate" in said("dynamic", 2.5)[0]
+    assert said("p1c1d8", 2.5) == []  # waits for full batches, which come sooner at higher rates
 
 
 def test_published_serving_rows_are_recognised_and_drawn(workplace, succeed, rows):

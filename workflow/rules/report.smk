@@ -17,6 +17,7 @@ rule render_report:
             script(f"{name}.py")
             for name in (
                 "findings",
+                "deciding",
                 "naming",
                 "discussion",
                 "reproduction",

@@ -49,6 +49,8 @@ def sheet(cells: pd.DataFrame, titles: Sequence[str]) -> tuple[Figure, list[Axes
         ax.tick_params(axis="x", labeltop=y > TALL)
         ax.spines[["top", "right"]].set_visible(False)  # names of requests may be longer than an axes is wide
     first = axes[0][0]
+    first.set_zorder(1)  # above its neighbours, which names of requests may reach into
+    first.patch.set_visible(False)
     first.set_yticks([y for y, _ in lines], [_label(row, one) for _, row in lines])
     first.set_ylim(y - 1, -0.8)
     for height, head in heads:
@@ -72,9 +74,11 @@ def bars(
     scale: float = 1.0,
     more: Any = None,
     end: str | None = None,
+    absent: str = "",
 ) -> None:
-    """A bar of `field` and its number behind `end`, or behind the bar; more: what to write after it, of a cell."""
-    for y, row in _numbers(ax, lines, field):
+    """A bar of `field` and its number behind `end`, or behind the bar; more: what to write after it, of a cell; absent:
+    what to say where a cell succeeded and has no such number."""
+    for y, row in _numbers(ax, lines, field, absent):
         value = getattr(row, field) * scale
         ax.barh(y, value, height=0.8, color=plotting.colour(row.series))
         ax.text(
@@ -99,15 +103,18 @@ def spans(
         ax.scatter(value, y, s=20, zorder=3, edgecolors="white", linewidths=0.5, **look)
 
 
-def _numbers(ax: Axes, lines: Sequence[tuple[float, Any]], field: str) -> Iterator[tuple[float, Any]]:
+def _numbers(
+    ax: Axes, lines: Sequence[tuple[float, Any]], field: str, absent: str = ""
+) -> Iterator[tuple[float, Any]]:
     """Lines that have a number; the others say why they have none."""
     for y, row in lines:
         if pd.isna(getattr(row, field)):
-            missing(ax, y, row.status)
+            known = absent and row.status == "ok"
+            missing(ax, y, *((absent, "#5f6368") if known else (row.status,)))
         else:
             yield y, row
 
 
-def missing(ax: Axes, y: float, why: str) -> None:
+def missing(ax: Axes, y: float, why: str, colour: str = "#a50e0e") -> None:
     """A cell without a number is named where its mark would stand."""
-    ax.text(0.01, y, why, transform=ax.get_yaxis_transform(), va="center", size=6.5, color="#a50e0e")
+    ax.text(0.01, y, why, transform=ax.get_yaxis_transform(), va="center", size=6.5, color=colour)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import deciding
 from findings import (
     Comparison,
     Row,
     comparisons,
+    compressing,
     count,
     describe,
     group_summary,
@@ -23,15 +26,18 @@ from findings import (
 
 def paragraphs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(topic, text) in reading order."""
-    pairs = comparisons(rows)
-    if not pairs:
+    pairs = compressing(comparisons(rows))
+    if not pairs and not deciding.against_fixed(rows):
         return []
+    compared = (
+        ("Speed", _speed),
+        ("Batch size", lambda pairs: _by(pairs, "batch_size", "At batch {}")),
+        ("Requests", lambda pairs: _by(pairs, "workload", "On {}")),
+        ("Where the time goes", _latency),
+        ("Methods", _methods),
+    )
     topics = (
-        ("Speed", _speed(pairs)),
-        ("Batch size", _by(pairs, "batch_size", "At batch {}")),
-        ("Requests", _by(pairs, "workload", "On {}")),
-        ("Where the time goes", _latency(pairs)),
-        ("Methods", _methods(pairs)),
+        *((topic, write(pairs)) for topic, write in compared if pairs),
         ("Memory", _memory(rows)),
         ("Green contexts", _green_contexts(rows)),
         ("Decisions", _decisions(rows)),
@@ -116,9 +122,9 @@ def _green_contexts(rows: Sequence[Row]) -> str:
     text = f"{len(had)} of the {count(len(asked), 'measured cell')} that ask for green contexts had them."
     reasons = Counter(row["greenctx_reason"] for row in asked if row["greenctx_reason"])
     if reasons:
-        text += (
-            " Otherwise: " + "; ".join(f"{reason} ({n} cells)" for reason, n in reasons.most_common()) + "."
-        )
+        listed = "; ".join(f"{reason} ({n} cells)" for reason, n in reasons.most_common())
+        text += f" {'Of these' if len(had) == len(asked) else 'Otherwise'}: {listed}."
+    text += _splits(rows, had)
     if not had:
         text += (
             " Their variants therefore ran without any split, and differ from compression-only in nothing that a "
@@ -126,6 +132,30 @@ def _green_contexts(rows: Sequence[Row]) -> str:
         )
         text += _same_work(rows)
     return text
+
+
+def _splits(rows: Sequence[Row], had: Sequence[Row]) -> str:
+    """What splits that bind gain or lose beside compression alone, for the same requests and method."""
+
+    def work(row: Row) -> tuple[Any, ...]:
+        return row["baseline_id"], row["method"], row["compression_factor"]
+
+    alone = {
+        work(row): row["throughput_tok_s"]
+        for row in rows
+        if row["variant"] == "compression-only" and row["status"] == "ok"
+    }
+    bound = [row for row in had if row["greenctx_main_stream"] and work(row) in alone and row["granted_sms"]]
+    sms = sorted({row["granted_sms"]["compress"] for row in bound})
+    if len(sms) < 2:
+        return ""
+    ratios = [row["throughput_tok_s"] / alone[work(row)] for row in bound]
+    gains = sum(ratio > 1 for ratio in ratios)
+    return (
+        f" With {', '.join(map(str, sms[:-1]))} or {sms[-1]} SMs for compression and the others for everything else, "
+        f"{times(min(ratios))} to {times(max(ratios))} of compression-only's throughput was left: "
+        f"{gains or 'none'} of {count(len(ratios), 'cell')} gained."
+    )
 
 
 def _same_work(rows: Sequence[Row]) -> str:
@@ -147,7 +177,7 @@ def _decisions(rows: Sequence[Row]) -> str:
         row for row in rows if row["variant"] in ("auto-tune+greenctx", "triad") and row["status"] == "ok"
     ]
     decided = [row for row in named if row["policy"] == "auto"]
-    said = _against_fixed(rows, [row for row in decided if row["variant"] == "triad"])
+    said = " ".join(filter(None, (deciding.sentence(deciding.against_fixed(rows)), _left_whole(decided))))
     if not named or len(decided) == len(named):
         return said
     return (
@@ -156,23 +186,17 @@ def _decisions(rows: Sequence[Row]) -> str:
     ) + (f" {said}" if said else "")
 
 
-def _against_fixed(rows: Sequence[Row], decided: Sequence[Row]) -> str:
-    """Triad beside the best that could have been chosen for the same requests without deciding anything."""
-    found = []
-    for row in decided:
-        same = [r for r in rows if r["status"] == "ok" and r["baseline_id"] == row["baseline_id"]]
-        ours = (row["method"], row["compression_factor"])
-        fixed = [r for r in same if (r["method"], r["compression_factor"]) in (ours, (None, None))]
-        best = max(
-            (r for r in fixed if r["policy"] != "auto"), key=lambda r: r["throughput_tok_s"], default=None
-        )
-        if best is not None:
-            found.append((row["throughput_tok_s"] / best["throughput_tok_s"], row, best))
-    if not found:
+def _left_whole(decided: Sequence[Row]) -> str:
+    """Cells in which compression was not worth it, beside their baselines."""
+    whole = [
+        row for row in decided if row["compressed_requests"] == 0 and row["speedup_vs_baseline"] is not None
+    ]
+    if not whole:
         return ""
-    (low, row, best), (high, _, _) = (pick(found, key=lambda each: each[0]) for pick in (min, max))
+    low, high = (times(pick(row["speedup_vs_baseline"] for row in whole)) for pick in (min, max))
+    kept = (decision for row in whole for decision in (row["decisions"] or {}).get("decisions", []))
+    why = "; ".join(dict.fromkeys(each["reason"] for each in kept if each["about"] == "compression"))
     return (
-        f"Beside the fastest variant that decides nothing, triad has {times(low)} to {times(high)} its throughput, "
-        f"over {count(len(found), 'set')} of the same requests; least on {describe(row)}, where {best['variant']} is "
-        "fastest."
+        f"In {count(len(whole), 'cell')} with a baseline it compressed nothing{why and f' ({why})'}, and has "
+        f"{low if low == high else f'{low} to {high}'} the baseline's throughput."
     )

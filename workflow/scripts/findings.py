@@ -82,6 +82,11 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
     return [pair for pair in pairs_of(rows) if not pair.disturbed]
 
 
+def compressing(pairs: Sequence[Comparison]) -> list[Comparison]:
+    """Those that say what compression is worth: a cell that compressed no request says nothing of it."""
+    return [pair for pair in pairs if pair.row.get("compressed_requests") != 0]
+
+
 def left_out(rows: Sequence[Row]) -> str:
     """How many pairs a busy machine spoilt, in a sentence; empty if none."""
     pairs = pairs_of(rows)
@@ -122,6 +127,17 @@ def group_summary(pairs: Sequence[Comparison]) -> dict[str, Any]:
         "agreement": middle(token_match(pair.row) for pair in pairs),
         "verdicts": Counter(pair.verdict for pair in pairs),
     }
+
+
+def tiles(pairs: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """(number, what it is) of what the page shows first."""
+    of = group_summary(pairs)
+    return [
+        (times(of["speedup"]), f"median throughput against the baseline, {count(of['pairs'], 'comparison')}"),
+        (times(of["fastest"]), "best cell"),
+        (percent(of["kept"]), "of the KV entries kept, median"),
+        (percent(of["agreement"]), "of output tokens equal to the uncompressed ones, median"),
+    ]
 
 
 def grouped(pairs: Sequence[Comparison], key: Callable[[Row], Any]) -> dict[Any, dict[str, Any]]:
@@ -176,10 +192,10 @@ def by_requests(rows: Sequence[Row], pairs: Sequence[Comparison]) -> list[dict[s
 
 def headline(rows: Sequence[Row]) -> str:
     """Does it pay, by how much, and at what agreement: one or two sentences."""
-    pairs = comparisons(rows)
+    pairs = compressing(comparisons(rows))
     if not pairs:
         return (
-            "No cell can be compared with its baseline, so there is nothing to conclude from this run."
+            "No compressed cell can be compared with its baseline, so there is nothing to conclude from this run."
             + left_out(rows)
         )
     all_of = group_summary(pairs)

@@ -59,4 +59,10 @@ def series(row: Row) -> str:
 
 
 def split(row: Row) -> str:
-    return f"{row['greenctx_compress_ratio']:.0%}/{row['greenctx_main_ratio']:.0%}"
+    """The shares of the SMs that compression and everything else are given, the latter all where it is not confined;
+    at most so many where the engine may take less."""
+    main = row["greenctx_main_ratio"] if row["greenctx_main_stream"] else 1.0
+    most = (
+        "\N{LESS-THAN OR EQUAL TO}" if row["policy"] == "auto" and row["cell"].get("greenctx_bound") else ""
+    )
+    return f"{most}{100 * row['greenctx_compress_ratio']:.3g}%/{100 * main:.3g}%"

@@ -15,7 +15,10 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     panels, width = (["predicted", "spread"], 3.9) if decided else (["spread"], 7.8)
     fig, axes = plotting.grid([""], panels, width=width, height=3.2)
     points = _predictions(axes[0][0], decided) if decided else []
-    points += _spread(axes[0][-1], plotting.largest(cells))
+    shown = plotting.largest(cells)
+    points += _spread(axes[0][-1], shown)
+    if shown:
+        axes[0][-1].set_title(plotting.title("time per output token", cells, shown[0]))
     return fig, pd.DataFrame(points)
 
 
@@ -34,7 +37,8 @@ def _predictions(ax: Axes, rows: list[dict]) -> list[dict]:
     if not points:
         ax.text(0.5, 0.5, "no step was predicted", ha="center", transform=ax.transAxes)
         return points
-    ax.axline((1, 1), slope=1, color="#9aa0a6", lw=0.8)
+    least = min(point["predicted"] for point in points)
+    ax.axline((least, least), slope=1, color="#9aa0a6", lw=0.8)
     ax.set_xscale("log")
     ax.set_yscale("log")
     handles = [
@@ -54,7 +58,6 @@ def _spread(ax: Axes, rows: list[dict]) -> list[dict]:
         ax.plot([1e3 * v for v in values], shares, color=plotting.colour(row["variant"]), label=name, lw=1.3)
         names = {"cell_id": row["cell_id"], "series": name, "what": "TPOT ms"}
         points += [names | {"percent": p, "measured": 1e3 * v} for p, v in zip(shares, values, strict=True)]
-    ax.set_title("time per output token, all requests")
     ax.set_xlabel("ms")
     ax.set_ylabel("percent of requests")
     if points:

@@ -26,7 +26,8 @@ def _lines(cells: pd.DataFrame) -> Figure:
         if not pd.isna(row.kv_len_before):
             axes[0].barh(y, row.kv_len_before, height=0.8, color=VARIANT_COLOURS[BASELINE], alpha=0.35)
     compressed = [(y, row) for y, row in lines if row.setting != BASELINE]
-    compact.bars(axes[0], compressed, "kv_len_after", more=lambda row: f" of {row.kv_len_before:,.0f}")
+    kept, words = "kv_len_after", "nothing was compressed"
+    compact.bars(axes[0], compressed, kept, more=lambda row: f" of {row.kv_len_before:,.0f}", absent=words)
     compact.bars(axes[1], lines, "peak_kv_bytes", 1 / MIB)
     return fig
 
@@ -58,7 +59,8 @@ def _draw_entries(ax: Axes, part: pd.DataFrame, settings: list[str]) -> None:
             cells["kv_len_after"].astype(float).mean(),
         )
         if pd.isna(before):
-            plotting.mark_missing(ax, x, "no cell succeeded")
+            ok = (cells["status"] == "ok").any()
+            plotting.mark_missing(ax, x, "nothing was compressed" if ok else "no cell succeeded")
             continue
         ax.bar(x - 0.2, before, width=0.38, color=VARIANT_COLOURS[BASELINE])
         ax.bar(x + 0.2, after, width=0.38, color=VARIANT_COLOURS["compression-only"])

@@ -22,16 +22,32 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def _lines(cells: pd.DataFrame) -> Figure:
-    fig, (ax,), lines = compact.sheet(cells, ["tokens / s, and times the baseline's"])
-    compact.bars(ax, lines, "throughput_tok_s", more=_speedup, end="throughput_max")
+    beside = _beside(cells)
+    title = "tokens / s, and times the baseline's"
+    fig, (ax,), lines = compact.sheet(cells, [title + (", or compression-only's" if beside else "")])
+    compact.bars(ax, lines, "throughput_tok_s", more=lambda cell: _ratio(cell, beside), end="throughput_max")
     for y, row in lines:
         if not pd.isna(row.throughput_tok_s):
             ax.hlines(y, row.throughput_min, row.throughput_max, color="#202124", linewidth=1)
     return fig
 
 
-def _speedup(cell: Any) -> str:
-    value = cell.row["speedup_vs_baseline"]
+def _beside(cells: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Throughput of compression-only, by the baseline's id and the setting, where that baseline has no row."""
+    known = {row["cell_id"] for row in cells["row"] if row["status"] == "ok"}
+    return {
+        (cell.row["baseline_id"], cell.setting): cell.throughput_tok_s
+        for cell in cells.itertuples()
+        if cell.variant == "compression-only"
+        and cell.row["baseline_id"] not in known
+        and not pd.isna(cell.throughput_tok_s)
+    }
+
+
+def _ratio(cell: Any, beside: dict[tuple[str, str], float]) -> str:
+    value, theirs = cell.row["speedup_vs_baseline"], beside.get((cell.row["baseline_id"], cell.setting))
+    if value is None and theirs and cell.variant != "compression-only":
+        value = cell.throughput_tok_s / theirs
     return "" if value is None or cell.setting == BASELINE else f"   {value:.2f}\N{MULTIPLICATION SIGN}"
 
 

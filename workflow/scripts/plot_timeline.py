@@ -26,6 +26,11 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     points = []
     for ax, row in zip(axes.flat, shown, strict=False):
         points += _draw(ax, row)
+        ax.set_title(plotting.title(plotting.name_of(row), cells, row))
+    used = axes.flat[: len(shown)]
+    for ax in used:  # one scale, so that panels can be compared
+        ax.set_xlim(0, max(each.get_xlim()[1] for each in used))
+        ax.set_ylim(0, max(each.get_ylim()[1] for each in used))
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
     handles = [plotting.plt.Rectangle((0, 0), 1, 1, color=c, label=WORDS[s]) for s, c in STAGES.items()]
@@ -36,7 +41,6 @@ def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 def _draw(ax: Axes, row: dict) -> list[dict]:
     line, name = row["kv_timeline"], plotting.name_of(row)
     ax.stackplot(line["time_s"], *(line[s] for s in STAGES), colors=STAGES.values(), step="post", lw=0)
-    ax.set_title(name)
     ax.set_xlabel("seconds")
     ax.set_ylabel("KV pages")
     columns = {"cell_id": row["cell_id"], "series": name}

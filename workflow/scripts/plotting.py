@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from naming import BASELINE, differing, name_of, requests, series, setting, split
+from naming import BASELINE, differing, name_of, requests, series, setting
 
 # Okabe and Ito's palette: its members stay apart under every common colour blindness and in grey print.
 VARIANT_COLOURS = {
@@ -41,7 +42,7 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One line per cell, with the names that figures show: panel (model and requests), setting, series."""
     one_model = len({row["model"] for row in rows}) == 1
     said = differing(rows)
-    one_split = len({split(row) for row in rows if row["greenctx"]}) <= 1
+    one_split = len({row["greenctx_compress_ratio"] for row in rows if row["greenctx"]}) <= 1
     return pd.DataFrame(
         {
             "cell_id": row["cell_id"],
@@ -66,11 +67,20 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def largest(cells: pd.DataFrame) -> list[dict[str, Any]]:
-    """One row per variant and policy, of the requests with the most tokens that were measured."""
+    """One row per variant and policy, of the requests that most variants were measured on; of several, those with the
+    most tokens. A sweep over splits is no variant more."""
     rows = [row for row in cells["row"] if row["status"] == "ok"]
-    size = max((row["total_tokens"] for row in rows), default=0)
+    variants: dict[int, set[str]] = {}
+    for row in rows:
+        variants.setdefault(row["total_tokens"], set()).add(name_of(row))
+    size = max(variants, key=lambda tokens: (len(variants[tokens]), tokens), default=0)
     found = {name_of(row): row for row in reversed(rows) if row["total_tokens"] == size}
     return [found[name] for name in order(found)]
+
+
+def title(name: str, cells: pd.DataFrame, row: dict[str, Any]) -> str:
+    """`name`, and under it what figures call the requests of `row`, broken as a panel is wide."""
+    return f"{name}\n{textwrap.fill(cells.loc[cells['cell_id'] == row['cell_id'], 'panel'].iloc[0], 44)}"
 
 
 def nothing(why: str) -> Figure:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import deciding
 import discussion
 import findings
 import jinja2
@@ -166,13 +167,16 @@ def context(
 ) -> dict[str, Any]:
     """Everything the templates may name."""
     pairs, facts = findings.comparisons(rows), environment_facts(rows)
+    compressing, against = findings.compressing(pairs), deciding.against_fixed(rows)
     return {
         "title": (plan["config"].get("report") or {}).get(
             "title", "Does KV-cache compression pay on this machine?"
         ),
-        "headline": findings.headline(rows),
+        "headline": deciding.sentence(against) if against and not compressing else findings.headline(rows),
         "dummy": findings.dummy(rows),
-        "overall": findings.group_summary(pairs),
+        "tiles": deciding.tiles(against) if against and not compressing else findings.tiles(compressing),
+        "against": deciding.table(rows, against),
+        "pairs": len(pairs),
         "variants": findings.by_variant(rows, plan.get("cells", {})),
         "by_requests": findings.by_requests(rows, pairs),
         "facts": facts,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from plot_serving import FIGURES
 from render_report import data_uri, distinct, inline_svg, templates
 from serving_findings import claims
 from serving_overview import overview, side_by_side
-from serving_rows import told_apart
+from serving_rows import engines, measured, told_apart
+
+from fastcache.config import STATIC_POLICY
+
+FAR = 2.0  # times as long: with few requests a p99 varies
 
 
 def context(rows: list[dict[str, Any]], status: dict[str, Any], title: str, figures: Path) -> dict[str, Any]:
@@ -58,7 +64,25 @@ def notes(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
         own = [f"measured at commit {row['git_commit']}"] if row["git_commit"] != usual else []
         for note in [*own, *(row["notes"] or ())]:
             found.setdefault(note, []).append(row["row_id"])
-    return found
+    return found | {note: [row_id] for note, row_id in slower_than_more(rows)}
+
+
+def slower_than_more(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(note, row) where an engine was far slower than at its next higher rate. A policy that waits for full batches is
+    that by design."""
+    said = []
+    for model, policy, setting, release in engines(rows):
+        own = measured(rows, model=model, policy=policy, setting=setting, immediate_release=release)
+        for less, more in pairwise([] if re.fullmatch(STATIC_POLICY, policy) else own):
+            slow, fast = (1e3 * row["ttft_s"]["p99"] for row in (less, more))
+            if slow > FAR * fast:
+                note = (
+                    f"p99 of TTFT is {slow:,.0f} ms at {less['rate']:g}/s and {fast:,.0f} at {more['rate']:g}/s, so "
+                    "something else than load was in it, such as what sizes cost that come up first: compare nothing "
+                    "at this rate"
+                )
+                said.append((note, less["row_id"]))
+    return said
 
 
 def main() -> None:

@@ -102,17 +102,17 @@ class Observed:
             return 0.0
         if step.decode:
             self._observe_decode(work, elapsed_s, decode[0] + base)
-            lost = 0.0
+            seen, lost = self._decode.count, 0.0
         elif step.decode_rows:
-            self._observe_mixed(work.tokens, elapsed_s, decode[1] * work.kv_bytes)
+            seen = self._observe_mixed(work.tokens, elapsed_s, decode[1] * work.kv_bytes)
             lost = elapsed_s - compression_s - base - decode[0]
         else:
             known = self._prefill.count >= TRIALS
-            self._observe_prefill(step, work, elapsed_s, compression_s, base)
+            seen = self._observe_prefill(step, work, elapsed_s, compression_s, base)
             inline = self._exposed_s(self.limits.places[0]) if work.compressed else 0.0
             lost = elapsed_s - base - inline * work.compressed if known else 0.0
         self._observed += 1
-        if not step.decode or self._observed < SETTLED or self._observed % REFRESH == 0:
+        if seen <= TRIALS or self._observed < SETTLED or self._observed % REFRESH == 0:
             self._costs = None
         return lost
 
@@ -154,12 +154,12 @@ class Observed:
         self._predicted("decode", expected_s, elapsed_s, self._decode.count)
         self._decode.add(1.0, work.kv_bytes, elapsed_s)
 
-    def _observe_mixed(self, tokens: int, elapsed_s: float, read_s: float) -> None:
-        """read_s: of the KV bytes. A step that is a little smaller than its budget is taken
-        for as much shorter as lies between its budget and the next smaller one."""
+    def _observe_mixed(self, tokens: int, elapsed_s: float, read_s: float) -> int:
+        """read_s: of the KV bytes. A step that is a little smaller than its budget is taken for as much shorter as lies
+        between its budget and the next smaller one. Returns how many steps of the budget were seen."""
         chunk = self._budget(tokens)
         if chunk is None or not tells(chunk, tokens):
-            return
+            return TRIALS + 1
         known = self.mixed[chunk].value
         smaller = max((each for each in self.limits.chunks if each < chunk), default=None)
         less_s = 0.0
@@ -169,6 +169,7 @@ class Observed:
         if known is not None:
             self._predicted("mixed", known + read_s - less_s, elapsed_s, TRIALS)
         self.mixed[chunk].add(1.0, elapsed_s - read_s + less_s)
+        return self.mixed[chunk].count
 
     def _budget(self, tokens: int) -> int | None:
         """The smallest budget that holds so many tokens."""
@@ -176,7 +177,9 @@ class Observed:
 
     def _observe_prefill(
         self, step: Step, work: Amounts, elapsed_s: float, compression_s: float, base_s: float
-    ) -> None:
+    ) -> int:
+        """Returns how many prefills, or, of those that compress, of this place, were seen."""
+        seen = self._prefill.count + 1
         place = step.place or INLINE  # without a method nothing is compressed anywhere
         on_main = place == INLINE
         if work.compressed and place in self.exposed and not place.startswith(AFTER):
@@ -184,6 +187,7 @@ class Observed:
             if exposed is not None:
                 self.exposed[place].add(work.compressed, exposed)
                 self._seen_tokens[place] = max(self._seen_tokens.get(place, 0), work.compressed)
+                seen = min(seen, self.exposed[place].count)
             if on_main:
                 self._alike_of(work).add(1.0, elapsed_s)
         if on_main or not work.compressed:
@@ -191,6 +195,7 @@ class Observed:
             self._predicted("prefill", base_s + compression_s, elapsed_s, self._prefill.count)
             self._prefill.add(work.tokens, work.pairs, alone_s)
             self._mean.add(work.tokens, alone_s)
+        return seen
 
     def _beyond_alike(self, work: Amounts, elapsed_s: float, base_s: float) -> float | None:
         """What compressing beside the prefill added to it. Prefills of different sizes differ by more than that, so

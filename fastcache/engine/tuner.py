@@ -23,6 +23,7 @@ from fastcache.engine.policy import (
     RequestLoad,
     cheapest,
     decide,
+    seen_nearly,
 )
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, Load, Turn
 
@@ -54,6 +55,7 @@ class Tuner:
         self._ran_s = self._lost_s = 0.0
         self._chosen = Balance(False, None, NOTHING)
         self._ahead = 0  # tokens that the next prefill may have
+        self._placed = (limits.places[0] if limits.places else "", NOT_MEASURED)  # what `place` said last
         self._request: tuple[tuple[str, ...], RequestLoad, Decision] | None = None
         self._mix: Mix | None = None
         self._balanced, self._balanced_with = self._chosen, None
@@ -95,7 +97,8 @@ class Tuner:
 
     def place(self) -> str:
         """Where the contexts that end in the next prefill step are compressed."""
-        return self._place()[0]
+        self._placed = self._place()
+        return self._placed[0]
 
     def _place(self) -> tuple[str, str]:
         untried, costs = self._untried_place(), self.observed.costs
@@ -106,7 +109,8 @@ class Tuner:
             return self.limits.places[0], NOT_MEASURED
         if best != self.limits.places[0]:
             return best, CHEAPEST
-        return best, FIXED_IS_BEST if cheapest(costs, self.limits, 0) == best else NOT_SEEN
+        unseen = any(not seen_nearly(costs, place, self._ahead) for place in costs.exposed)
+        return best, NOT_SEEN if unseen and cheapest(costs, self.limits, 0) != best else FIXED_IS_BEST
 
     def _untried_place(self) -> str | None:
         """The fixed place first. Where that costs next to nothing, no other can be clearly better; and one that was
@@ -140,11 +144,11 @@ class Tuner:
         if costs is self._balanced_with and mix == self._mix:
             return self._balanced
         self._mix, self._balanced_with = mix, None
-        tokens = mix.prompt_tokens + decoding
-        telling = tuple(chunk for chunk in worth_trying(costs, self.limits, mix) if tells(chunk, tokens))
-        untried = self._untried(telling, observed.mixed)
-        if untried is not None and self._may_try():
-            return Balance(True, untried, TRIED)
+        if self._untried(self.limits.chunks, observed.mixed) is not None and self._may_try():
+            tokens, worth = mix.prompt_tokens + decoding, worth_trying(costs, self.limits, mix)
+            untried = self._untried(tuple(chunk for chunk in worth if tells(chunk, tokens)), observed.mixed)
+            if untried is not None:
+                return Balance(True, untried, TRIED)
         self._balanced_with, self._balanced = costs, balance(costs, self.limits, mix)
         return self._balanced
 
@@ -161,7 +165,7 @@ class Tuner:
         tried = False
         prompts = step.chunks[: len(step.chunks) - step.decode_rows]
         if any(chunk.kept or chunk.defer for chunk in prompts):
-            place, reason = self._place()
+            place, reason = self._placed
             self._trials[place] += reason == TRIED
             tried = reason == TRIED and place != self.limits.places[0]  # the fixed one would have run anyway
             self._note(("place", place, reason), None, None)

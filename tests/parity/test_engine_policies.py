@@ -6,12 +6,14 @@ import dataclasses
 import random
 import time
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
 from fastcache import LLM, SamplingParams
 from fastcache.engine.policy import NOT_MEASURED
+from fastcache.engine.stages import Dynamic
 from fastcache.errors import ConfigError, QueueFull, UnsupportedCombination
 
 POLICIES = ["fcfs", "dynamic", "p1c1d8", "p2c2d3", "p4c4d8"]
@@ -83,6 +85,26 @@ def test_dynamic_computes_prompts_and_tokens_in_one_step(folder, wanted):
     assert stats.mixed_steps > 0 and stats.mixed_decode_tokens > 0 and stats.mixed_time_s > 0
     assert stats.prefill_tokens == sum(map(len, prompts))
     assert stats.decode_tokens == sum(counts) - len(counts)
+
+
+class Filling(Dynamic):
+    """Mixed steps that are filled with whatever prompts are there."""
+
+    def turns(self, load):
+        return tuple(turn._replace(split=turn.together) for turn in super().turns(load))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m[0] if m else "full")
+def test_any_prompt_may_be_cut_to_fill_a_mixed_step(folder, wanted, method):
+    prompts, counts, alone = wanted
+    llm = engine(folder, method, policy="dynamic")
+    llm._scheduler.policy = Filling(enough_tokens=1, mixed_tokens=70)
+    steps, launch = [], llm._runner.launch
+    llm._runner.launch = lambda step, seeds: steps.append(step) or launch(step, seeds)
+    assert arriving(llm, prompts, counts, every=1) == alone[method]
+    mixed = [step for step in steps if step.decode_rows]
+    assert all(step.num_tokens - step.decode_rows <= 70 for step in mixed)
+    assert any(c.start > 0 and d.start == 0 and not d.sample for s in mixed for c, d in pairwise(s.chunks))
 
 
 def test_static_batches_are_never_exceeded(folder, wanted):

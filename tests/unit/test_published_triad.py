@@ -234,6 +234,9 @@ def test_every_split_loses(line):
 def test_what_a_partition_could_hide():
     said = f"has {WHOLE[SPEED]:,.0f} (prefill {WHOLE['prefill_tok_s']:,.0f}, decode {WHOLE['decode_tok_s']:,.0f})"
     assert said in PAGE and WHOLE["device"]["sm_count"] == 132
+    fixed = [r for r in ROWS if r["greenctx_main_stream"] and r["variant"] == "greenctx-only"]
+    lost = sorted(1 - r["decode_tok_s"] / WHOLE["decode_tok_s"] for r in fixed)
+    assert f"Decoding loses {lost[0]:.0%} to {lost[-1]:.0%}, and not in step" in PAGE
     costs = json.loads((ROOT / "results/published/h100-compression/costs.json").read_text(encoding="utf-8"))
     assert f"takes {costs['measured']['snapkv']['share_of_prefill']:.1%} of a prefill" in PAGE
     free = [

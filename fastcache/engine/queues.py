@@ -18,10 +18,9 @@ class Queues:
 
     def __init__(self, by_age: bool) -> None:
         self._by_age = by_age
-        self._early: dict[
-            Sequence, None
-        ] = {}  # admitted and, when last seen, not decoding; in order of admission
-        self._ending: dict[Sequence, None] = {}  # their last token is on its way
+        # In order of admission: those that did not decode when last seen, and those whose last token is on its way.
+        self._early: dict[Sequence, None] = {}
+        self._ending: dict[Sequence, None] = {}
 
     def admitted(self, seq: Sequence) -> None:
         self._early[seq] = None
@@ -42,10 +41,9 @@ class Queues:
 
     def decoding(self, running: list[Sequence]) -> list[Sequence]:
         """Those of `running` that can take another token, in order of admission."""
-        early, ending = self.early() and self._early, self._ending
-        if not early and not ending:
+        if not self.early() and not self._ending:
             return running.copy()
-        return [seq for seq in running if seq not in early and seq not in ending]
+        return [seq for seq in running if seq not in self._early and seq not in self._ending]
 
     def load(
         self,

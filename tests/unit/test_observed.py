@@ -8,7 +8,8 @@ from fastcache.config import SamplingParams
 from fastcache.core import Chunk, Request, Sequence, Step
 from fastcache.engine.observed import Observed
 from fastcache.engine.policy import Limits
-from fastcache.engine.tuner import CHEAPEST, FIXED_IS_BEST, Tuner
+from fastcache.engine.stages import Load, Queue
+from fastcache.engine.tuner import CHEAPEST, FIXED_IS_BEST, NOT_SEEN, Tuner
 
 PER_TOKEN, FIXED = 2e-5, 0.006
 
@@ -107,3 +108,17 @@ def test_compression_in_a_small_step_does_not_price_that_in_large_ones(observed)
     for _ in range(12):
         observed.observe(prefill(100, "inline", kept=50), PER_TOKEN * 100 + 0.002, 0.002, False)
     assert observed.costs.exposed["inline"] == pytest.approx(0.001 / 2000, rel=0.6)
+
+
+def test_a_place_is_taken_for_steps_as_large_as_it_was_seen_in():
+    """Beside small prefills compression costs nothing here; of large ones nothing is known, and the row says so."""
+    tuner = Tuner(Limits(64, 10**12, 1, ("inline", "beside:32")), 1e18)
+    for place, inline_s in [("inline", 2e-6)] * 8 + [("beside:32", 0.0)] * 4:
+        whole = (PER_TOKEN + inline_s) * 2_000
+        tuner.observe(prefill(2_000, place, kept=200), whole, 2_000 * inline_s, False)
+    for _ in range(4):
+        tuner.observe(decode(), FIXED, 0.0, False)
+    assert tuner.measured
+    for waiting, wanted in ((2_400, ("beside:32", CHEAPEST)), (16_000, ("inline", NOT_SEEN))):
+        tuner.turns(Load(0.0, Queue(1), Queue(), Queue(), prefill_tokens=waiting))
+        assert tuner.place() == wanted[0] and tuner._placed == wanted

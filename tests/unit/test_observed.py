@@ -116,7 +116,7 @@ def test_a_place_is_taken_for_steps_as_large_as_it_was_seen_in():
     for place, inline_s in [("inline", 2e-6)] * 8 + [("beside:32", 0.0)] * 4:
         whole = (PER_TOKEN + inline_s) * 2_000
         tuner.observe(prefill(2_000, place, kept=200), whole, 2_000 * inline_s, False)
-    for _ in range(4):
+    for _ in range(8):
         tuner.observe(decode(), FIXED, 0.0, False)
     assert tuner.measured
     for waiting, wanted in ((2_400, ("beside:32", CHEAPEST)), (16_000, ("inline", NOT_SEEN))):

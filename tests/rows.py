@@ -167,6 +167,7 @@ def _measured(cell: CellConfig) -> dict[str, Any]:
         "steps": {"prefill": 2, "mixed": 0, "compress": 0, "decode": 63},
         "tpot_quantiles_s": [0.01 + 0.0001 * i for i in range(21)],
         "kv_timeline": None,
+        "step_timeline": None,
         "clocks": None,
         "process_cells_before": 0,
         "start_to_first_token_s": 4.0 + noise,

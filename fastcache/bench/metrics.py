@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcache.results import RequestMetrics, RequestOutput
-from fastcache.stats import EngineStats, KVSample
+from fastcache.stats import EngineStats, KVSample, Segment
 
 SAMPLE_REQUESTS, SAMPLE_TOKENS = 16, 64
 TIMELINE = 64
@@ -84,6 +84,7 @@ def stages(stats: EngineStats) -> dict[str, Any]:
         "stage_s": {kind: getattr(stats, f"{kind}_time_s") for kind in kinds},
         "steps": {kind: getattr(stats, f"{kind}_steps") for kind in kinds},
         "kv_timeline": timeline(stats.kv),
+        "step_timeline": step_timeline(stats.segments, stats.kv),
     }
 
 
@@ -94,6 +95,16 @@ def timeline(samples: Sequence[KVSample]) -> dict[str, list[float]] | None:
         return None
     columns = {f.name: [getattr(s, f.name) for s in kept] for f in dataclasses.fields(KVSample)}
     return columns | {"time_s": [round(s.time_s - kept[0].time_s, 4) for s in kept]}
+
+
+def step_timeline(segments: Sequence[Segment], samples: Sequence[KVSample]) -> dict[str, list[Any]] | None:
+    """One list per field of `Segment`; seconds from the first of `samples`, as in `timeline`."""
+    if not segments or not samples:
+        return None
+    columns = {f.name: [getattr(s, f.name) for s in segments] for f in dataclasses.fields(Segment)}
+    begin = samples[0].time_s
+    times = {n: [round(max(s - begin, 0.0), 4) for s in columns[n]] for n in ("start_s", "end_s")}
+    return columns | times
 
 
 def compression(metrics: Sequence[RequestMetrics]) -> dict[str, Any]:

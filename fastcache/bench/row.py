@@ -67,6 +67,7 @@ MEASURED = (
     "steps",
     "tpot_quantiles_s",
     "kv_timeline",
+    "step_timeline",
     "clocks",
     "process_cells_before",
     "start_to_first_token_s",

@@ -138,16 +138,16 @@ class InlineCompressor:
         self.stream = stream
         self.states: StateRatings | None = None  # of a method that needs hidden states
         self.table: LayoutTable | None = None  # where heads share: who reads what they got
+        # Where timed, of this step's layers as far as they delay the main stream; and of them all on one of their own.
         self.timed = False
-        self.spans: list[
-            Span
-        ] = []  # where timed: of this step's layers, as far as they delay the main stream
+        self.spans: list[Span] = []
+        self.beside: Span | None = None
         self._works: list[tuple[Work, Packed | None]] = []
         self._late: list[_Late] = []
 
     def begin(self, step: Step, host: HostBatch) -> bool:
         """Note which sequences of the step are to be compressed; False if none is."""
-        self.spans = []
+        self.spans, self.beside = [], None
         rows = [row for row, chunk in enumerate(step.chunks) if chunk.kept]
         stored = [row for row in rows if step.chunks[row].kv_start]
         packed = [row for row in rows if not step.chunks[row].kv_start]
@@ -203,6 +203,9 @@ class InlineCompressor:
             return
         hand_over(torch.cuda.current_stream(), self.stream, *step.tensors)
         with torch.cuda.stream(self.stream):
+            if self.beside is None:
+                self.beside = Span(self.pool.device)
+                self.beside.start()
             self._compress(layer, step)
 
     def _measured(self, work: Callable[[], object]) -> None:
@@ -222,6 +225,8 @@ class InlineCompressor:
             for work in (*(work for work, _ in self._works), *(late.work for late in self._late)):
                 if work.shared is not None:
                     work.shared.publish(self.table)
+            if self.beside is not None:
+                self.beside.stop()
         self._late = []
         if self.stream is not None:
             hand_over(self.stream, torch.cuda.current_stream())

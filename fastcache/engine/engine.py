@@ -195,7 +195,7 @@ class LLM(Offline):
         if elapsed is None:
             elapsed = now - max(self._last_result_s, pending.launched_s)
         self._last_result_s = now
-        self._jobs.account(pending, elapsed)
+        self._jobs.account(pending, elapsed, now)
 
     def _output(self, seq: Sequence, now: float) -> RequestOutput:
         del self._live[seq.request.request_id], self._seeds[seq.request.request_id]

@@ -41,17 +41,26 @@ class Jobs:
                     tuner.observed.waited(time.perf_counter() - started_s)
             if launched.done():
                 self._under_way.remove(launched)
-                self._scheduler.stage.finished(launched.job, self._scheduler.stats, time.perf_counter())
+                now_s, stats = time.perf_counter(), self._scheduler.stats
+                self._scheduler.stage.finished(launched.job, stats, now_s)
+                stream = "main" if launched.ready is None else "compress"
+                if seconds := launched.span.seconds():
+                    stats.ran("compress", stream, seconds, now_s)
                 if tuner is not None:
                     tuner.observed.job_done(launched.tokens)
 
-    def account(self, pending: PendingTokens, elapsed_s: float) -> None:
+    def account(self, pending: PendingTokens, elapsed_s: float, end_s: float) -> None:
         """Count the time of a step whose tokens have arrived, without that of jobs ahead of it in its stream."""
         elapsed_s -= self._seconds_before_step()
-        self._scheduler.stats.add_time(pending.step, elapsed_s)
-        if self._scheduler.tuner is not None:
-            compressing = sum(span.seconds() or 0.0 for span in pending.spans)
-            self._scheduler.tuner.observe(pending.step, elapsed_s, compressing, bool(self._under_way))
+        stats, tuner = self._scheduler.stats, self._scheduler.tuner
+        stats.add_time(pending.step, elapsed_s, end_s)
+        inside = sum(span.seconds() or 0.0 for span in pending.spans)
+        beside = pending.beside.seconds() if pending.beside is not None else None
+        for stream, seconds in (("inside", inside), ("compress", beside)):
+            if seconds:
+                stats.ran("compress", stream, seconds, end_s)
+        if tuner is not None:
+            tuner.observe(pending.step, elapsed_s, inside, bool(self._under_way))
 
     def _seconds_before_step(self) -> float:
         inside, left = 0.0, []

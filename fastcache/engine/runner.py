@@ -40,6 +40,7 @@ class PendingTokens:
     launched_s: float
     spans: tuple[Span, ...] = ()  # of compression inside the step, where it is timed
     since: torch.cuda.Event | None = None  # where its time begins: see `Runner._since`
+    beside: Span | None = None  # of compression on a stream of its own
 
     def wait(self) -> list[int]:
         if self.ready is not None:
@@ -252,7 +253,8 @@ class Runner:
         host.copy_(tokens, non_blocking=True)
         self._ready = torch.cuda.Event(enable_timing=True)
         self._ready.record()
-        return PendingTokens(step, host, self._ready, launched_s, self._spans(step), since)
+        beside = None if step.decode or self.compressor is None else self.compressor.beside
+        return PendingTokens(step, host, self._ready, launched_s, self._spans(step), since, beside)
 
     def _spans(self, step: Step) -> tuple[Span, ...]:
         return () if step.decode or self.compressor is None else tuple(self.compressor.spans)

@@ -127,7 +127,7 @@ class Simulation:
         cost = self.device.step(step)
         start = max(self.now_s, self._free_s)
         self._free_s = start + cost
-        self.scheduler.stats.add_time(step, cost)
+        self.scheduler.stats.add_time(step, cost, self._free_s)
         self.scheduler.commit(step, self.now_s)
         self._deliver()
         self._pending = (step, self._free_s)

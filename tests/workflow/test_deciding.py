@@ -180,7 +180,25 @@ def test_figures_of_one_workload_take_the_one_with_most_variants(rows):
     shown = [ax for ax in figure.axes if ax.get_title()]
     assert [ax.get_title().splitlines()[0] for ax in shown] == ["compression-only", "greenctx-only", "triad"]
     assert len({ax.get_xlim() + ax.get_ylim() for ax in shown}) == 1
+    assert all(not ax.child_axes for ax in shown)  # none of these rows tells what ran when
     assert "512 + 64 tokens" in plot_decisions.draw(plotting.frame(rows))[0].axes[-1].get_title()
+
+
+def test_what_ran_when_is_above_the_pages(rows):
+    steps = {
+        "stage": ["prefill", "mixed", "decode"],
+        "stream": ["main"] * 3,
+        "start_s": [0.0, 0.2, 0.4],
+        "end_s": [0.2, 0.4, 0.5],
+        "steps": [1, 3, 9],
+    }
+    known = [r | {"step_timeline": steps if r["variant"] == "triad" else None} for r in rows]
+    figure, points = plot_timeline.draw(plotting.frame(known))
+    strips = [(ax, *ax.child_axes) for ax in figure.axes if ax.child_axes]
+    assert len(strips) == 1 and strips[0][1].get_title().startswith("triad")
+    assert [label.get_text() for label in strips[0][1].get_yticklabels()] == ["decode", "mixed", "prefill"]
+    assert strips[0][1].get_xlim() == strips[0][0].get_xlim()
+    assert points["stage"].notna().sum() == 3
 
 
 def test_where_a_baseline_has_no_row_numbers_are_beside_compression_only(rows):

@@ -184,6 +184,13 @@ def test_each_figure_has_the_numbers_behind_it(page, measured):
 def test_figures_of_the_engine_show_what_rows_carry(tmp_path):
     cells = expand(SMALL_MATRIX | {"variants": ["greenctx-only", "triad"], "batch_sizes": [4]}).cells
     samples = {"time_s": [0.0, 0.5], "before": [9, 1], "compressed": [0, 4], "whole": [0, 0], "held": [0, 2]}
+    steps = {
+        "stage": ["prefill", "decode", "compress"],
+        "stream": ["main", "main", "compress"],
+        "start_s": [0.0, 0.2, 0.1],
+        "end_s": [0.2, 0.5, 0.3],
+        "steps": [1, 9, 1],
+    }
     times = {"count": 4, "predicted_s": 0.02, "measured_s": 0.021}
     decisions = {
         "decisions": [],
@@ -196,6 +203,7 @@ def test_figures_of_the_engine_show_what_rows_carry(tmp_path):
         row(
             cell,
             kv_timeline=samples | {"running": [1, 1], "waiting": [3, 0]},
+            step_timeline=steps if cell.greenctx else None,
             decisions=decisions if cell.tuning != "off" else None,
             granted_sms={"main": 116, "compress": 16} if cell.greenctx else None,
         )
@@ -204,7 +212,9 @@ def test_figures_of_the_engine_show_what_rows_carry(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     draw_here(tmp_path)
     lines = {name: (tmp_path / f"figures/{name}.csv").read_text().splitlines() for name in FIGURES}
-    assert len(lines["timeline"]) == 1 + 2 * 3  # two samples of each variant
+    assert (
+        len(lines["timeline"]) == 1 + 2 * 3 + 3 * 2
+    )  # two samples of each variant, three runs of steps of two
     assert sum("decode step ms,5.0,5.25" in line for line in lines["decisions"]) == sum(
         r["decisions"] is not None for r in rows
     )

@@ -107,7 +107,7 @@ rule plot_timeline:
             "{results}/figures/timeline.svg",
             caption="../report/timeline.rst",
             category="Figures",
-            labels={"figure": "timeline", "shows": "KV pages over time, by stage"},
+            labels={"figure": "timeline", "shows": "Steps and KV pages over time"},
         ),
         csv="{results}/figures/timeline.csv",
     log:
@@ -115,7 +115,7 @@ rule plot_timeline:
     conda:
         "../../envs/cpu.yaml"
     message:
-        "Drawing KV pages over time"
+        "Drawing steps and KV pages over time"
     shell:
         "python {input.script} --rows {input.rows} --svg {output.svg} --csv {output.csv} 2> {log}"
 

@@ -225,6 +225,7 @@ OF_THE_RUN = {
         "stage_s",
         "tpot_quantiles_s",
         "kv_timeline",
+        "step_timeline",
         "start_to_first_token_s",
         "process_cells_before",
     ),

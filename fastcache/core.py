@@ -87,7 +87,7 @@ class Sequence:
     compressed: bool = False
     leave_whole: bool = False  # decided: compressing it would not pay
     to_compress: int = 0  # entries to keep of a stored context; decoding waits until that is done
-    under_way: bool = False  # that compression has been launched
+    under_way: bool = False  # part of a compression or a prefill that runs beside other steps
     fresh: int = 0  # pages that a planned chunk compresses it into; among `pages` once that is on its way
     held: list[int] = field(default_factory=list)  # old pages that stay until the request ends
     ready_s: float = 0.0  # since when it is ready for its next stage
@@ -170,12 +170,20 @@ class Step:
 
     `decode_rows`: in a mixed step, how many chunks at the end are one new token each, behind the prefill chunks.
     `place`: where its contexts are compressed (engine/policy.py), None for the engine's fixed place.
+    `split`: the SM split, by name, on one side of which it runs: prefill on the one, decode steps beside it on the
+    other; None for the engine's own stream.
     """
 
     chunks: tuple[Chunk, ...]
     decode: bool
     decode_rows: int = 0
     place: str | None = None
+    split: str | None = None
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is a prefill that other steps run beside."""
+        return self.split is not None and not self.decode
 
     @property
     def prefill_tokens(self) -> int:

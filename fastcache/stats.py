@@ -29,8 +29,9 @@ class KVSample:
 class Segment:
     """Steps of one kind, one right behind the other, from `start_s` to `end_s` (`time.perf_counter()` seconds).
 
-    `stage`: prefill, mixed, decode or compress. `stream`: main; compress, beside the main one; or inside, of
-    compression in the main stream within a step, which is known where an engine times it to decide.
+    `stage`: prefill, mixed, decode or compress. `stream`: main; compress, beside the main one; aside, of prefills on a
+    side of their own, beside decode steps; or inside, of compression in the main stream within a step, which is known
+    where an engine times it to decide.
     """
 
     stage: str
@@ -107,7 +108,7 @@ class EngineStats:
         else:
             self.prefill_time_s += seconds
             stage = "prefill"
-        self.ran(stage, "main", seconds, end_s)
+        self.ran(stage, "aside" if step.aside else "main", seconds, end_s)
 
     def ran(self, stage: str, stream: str, seconds: float, end_s: float) -> None:
         """Note what a stream was busy with; the first `MOST_SEGMENTS` are kept."""

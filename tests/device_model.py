@@ -4,6 +4,7 @@ parameter. Nothing sleeps and nothing touches a device."""
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from collections import deque
@@ -46,8 +47,10 @@ class Keeps:
 @dataclass
 class Device:
     """Seconds of a step. prefill_s: per token; decode_s: of a step without any KV; beside: what compression beside the
-    prefill adds, per context token, by place. Guesses: eager_s, what a step that is no graph costs beyond its
-    products; mixed_s, what one with decoding rows costs beyond that; host_s, within which none is launched."""
+    prefill adds, per context token, by place; sides: by split, how many times as long as on the whole GPU a prefill and
+    a decode step last beside each other. Guesses: eager_s, what a step that is no graph costs beyond its
+    products; mixed_s, what one with decoding rows costs beyond that; host_s, within which none is launched, and for
+    which the launch of a prefill keeps the host from the decode steps beside it."""
 
     prefill_s: float
     decode_s: float
@@ -56,6 +59,7 @@ class Device:
     mixed_s: float = 0.001
     host_s: float = 0.009
     beside: dict[str, float] = field(default_factory=dict)
+    sides: dict[str, tuple[float, float]] = field(default_factory=dict)
     noise: float = 0.003
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -74,6 +78,8 @@ class Device:
             elif work.compressed:
                 added = self.beside[step.place] * work.compressed
             whole = max(products + extra, self.host_s) + read + added
+        if step.split is not None:
+            whole *= self.sides[step.split][step.decode]
         return whole * (1 + self.noise * self.rng.gauss(0, 1)), compressing
 
 
@@ -103,6 +109,31 @@ def h100(**changes) -> Device:
     return Device(per_token, step_s - 64 * (3968 // 5 + 64) * BYTES / COPY_BYTES_S, cost, **changes)
 
 
+def recorded_sides(*decode_sms: int) -> dict[str, tuple[float, float]]:
+    """By split, how many times as long as on the whole GPU one layer's prefill products and decode attention took, each
+    while the other ran. The attention ended first: the rest of the products went as fast as alone on their side."""
+    with (PUBLISHED / "h100-greenctx/sm_sweep.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+
+    def ms(work: str, partner: str, **of) -> float:
+        wanted = {"work": work, "partner": partner, **of}.items()
+        return next(float(row["median_ms"]) for row in rows if wanted <= row.items())
+
+    whole = {work: ms(work, "", mode="alone", side="whole") for work in ("prefill", "decode")}
+    found = {}
+    for row in rows:
+        if row["mode"] == "together" and row["work"] == "decode" and int(row["sms"]) in decode_sms:
+            at = {"compress_ratio": row["compress_ratio"]}
+            decode, prefill = float(row["median_ms"]), ms("prefill", "decode", mode="together", **at)
+            done_alone = (prefill - decode) / ms("prefill", "", mode="alone", side="main", **at)
+            lasts = decode / (1 - done_alone)
+            found[f"{132 - int(row['sms'])}+{row['sms']}"] = (
+                lasts / whole["prefill"],
+                decode / whole["decode"],
+            )
+    return found
+
+
 @dataclass
 class Ask:
     context: int
@@ -115,7 +146,8 @@ def tuner(max_seqs: int, pool_tokens=340_000, places=(INLINE,), chunks=CHUNKS, *
 
 
 class Engine:
-    """One step ahead of the device, as `LLM.step` is: a step is planned while the one before it runs."""
+    """One step ahead of the device, as `LLM.step` is: a step is planned while the one before it runs. Prefills beside
+    decode steps are taken between two steps."""
 
     def __init__(self, device: Device, max_seqs=64, pool_tokens=340_000, tuned=None, compress=True):
         limits = StepLimits(32_768, max_seqs, 16)
@@ -129,7 +161,8 @@ class Engine:
             tuned,
             tuner=tuned,
         )
-        self.now_s = self.free_s = self.last_s = 0.0
+        self.now_s = self.free_s = self.side_free_s = self.last_s = 0.0
+        self.asides: deque[tuple[Step, float, float]] = deque()  # launched, and ends
         self.steps: list[tuple[str, float]] = []
 
     def run(self, asked: list[Ask]) -> list[Sequence]:
@@ -140,9 +173,11 @@ class Engine:
         while coming or pending or self.scheduler.has_unfinished:
             while coming and start + coming[0].time_s <= self.now_s:
                 all_of.append(self._add(coming.popleft(), start, len(all_of)))
-            step = self.scheduler.schedule()
+            self._receive()
+            while (step := self.scheduler.schedule()) is not None and step.aside:
+                self._launch_aside(step)
             if step is None and pending is None:
-                self.now_s = max(self.now_s, start + coming[0].time_s)
+                self._wait(start + coming[0].time_s if coming else None)
                 continue
             launched = None
             if step is not None:
@@ -156,6 +191,28 @@ class Engine:
                 self._deliver(*pending)
             pending = launched
         return all_of
+
+    def _launch_aside(self, step: Step) -> None:
+        """Behind what the main stream has to do already, and behind the one before it."""
+        seconds, _ = self.device.seconds(step)
+        self.steps.append(("aside", seconds))
+        begin = max(self.now_s, self.free_s, self.side_free_s)
+        self.side_free_s = begin + seconds
+        self.scheduler.commit(step, self.now_s)
+        self.asides.append((step, begin, self.side_free_s))
+        self.now_s += self.device.host_s
+
+    def _receive(self) -> None:
+        while self.asides and self.asides[0][2] <= self.now_s:
+            step, begin, end = self.asides.popleft()
+            if self.tuner is not None:
+                self.tuner.observe(step, end - begin, 0.0, False)
+            self.scheduler.receive(step, [7] * sum(c.sample for c in step.chunks), frozenset(), self.now_s)
+
+    def _wait(self, arrival_s: float | None) -> None:
+        """For the next request, or the prefill that is under way."""
+        ends = [end for _, _, end in self.asides][:1]
+        self.now_s = max(self.now_s, min([*ends, *([] if arrival_s is None else [arrival_s])]))
 
     def _add(self, ask: Ask, start: float, number: int) -> Sequence:
         params = SamplingParams(max_tokens=ask.output, ignore_eos=True)

@@ -80,3 +80,15 @@ class Middle:
             if so_far >= half:
                 self.value = value
                 return
+
+
+class Sides:
+    """Of an SM split: seconds of prefill per token on its one side, and how many times as long as on the whole GPU a
+    decode step lasts on the other, each while both are busy."""
+
+    def __init__(self) -> None:
+        self.prefill, self.decode = Middle(), Middle()
+
+    @property
+    def count(self) -> int:
+        return min(self.prefill.count, self.decode.count)

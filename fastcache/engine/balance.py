@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from fastcache.engine import side_by_side
+from fastcache.engine.asides import MOST_TOKENS
 from fastcache.engine.policy import NOT_MEASURED, Costs, Limits
 
 # A mixed step must gain more than this share of the decode step it replaces: the time of equal steps varies.
@@ -35,13 +38,22 @@ class Mix(NamedTuple):
 
 @dataclass(frozen=True)
 class Balance:
-    """How the next prefill shares the GPU with decoding sequences: together in steps of `chunk` tokens, or not.
-    `predicted`: by budget, seconds that a mixed step saves, or, where TPOT is bounded, lasts."""
+    """How the next prefill shares the GPU with decoding sequences: together in steps of `chunk` tokens, beside them on
+    one side of an SM split, or not.
+    `predicted`: by budget, seconds that a mixed step saves, by split, that a prefill of the prompts there saves; where
+    TPOT is bounded, that a mixed step, or a decode step beside a prefill, lasts."""
 
     together: bool
     chunk: int | None
     reason: str
-    predicted: Mapping[int, float] = field(default_factory=dict)
+    predicted: Mapping[int | str, float] = field(default_factory=dict)
+    split: str | None = None
+
+    @property
+    def choice(self) -> str:
+        if self.split is not None:
+            return f"side by side, {self.split}"
+        return "together" if self.together else "prefill alone"
 
 
 GAIN, NO_GAIN = "mixed steps save decode steps", "a mixed step costs more than the decode step it saves"
@@ -49,6 +61,10 @@ PROMPTS_FIRST = "no request waits for decode steps: prompts first"
 WITHIN = "the largest mixed step within the bound on TPOT"
 TIGHT = "no mixed step is within the bound on TPOT: the smallest that is nearly as fast as any"
 BACKLOG = "many prompts wait, which come before the bound on TPOT: a longer step"
+BESIDE_GAINS, BESIDE_WITHIN = (
+    "a prefill beside decode steps saves most",
+    "beside decode steps within the bound on TPOT, prompts are computed soonest",
+)
 
 
 def worth_trying(costs: Costs, limits: Limits, mix: Mix) -> tuple[int, ...]:
@@ -90,7 +106,48 @@ def _up_to(costs: Costs, chunks: tuple[int, ...], mix: Mix, seconds: float) -> t
 
 
 def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
-    """How the next prefill runs while sequences decode: for throughput, or within a bound on the time between tokens.
+    """How the next prefill runs while sequences decode: for throughput, or within a bound on TPOT."""
+    chosen = _mixed(costs, limits, mix)
+    known = costs.beside and costs.decode_fixed_s is not None and costs.prefill_s_per_token
+    if not known or mix.prompt_tokens < side_by_side.LEAST_TOKENS:
+        return chosen
+    return _bounded_beside(costs, limits, mix, chosen) if limits.tpot_s else _beside(costs, mix, chosen)
+
+
+def _beside(costs: Costs, mix: Mix, chosen: Balance) -> Balance:
+    """On the split that gains more for the prompts there than what was `chosen` without one, if any does."""
+    if not mix.blocked:
+        return chosen
+    tokens = min(mix.prompt_tokens, MOST_TOKENS)
+    gains = side_by_side.gains_s(costs, _share(mix), tokens)
+    otherwise = tokens * _per_token(chosen.predicted, mix)[chosen.chunk] if chosen.together else 0.0
+    split = side_by_side.most(gains, costs, tokens, otherwise)
+    predicted = {**chosen.predicted, **gains}
+    if split is None:
+        return replace(chosen, predicted=predicted)
+    return Balance(False, None, BESIDE_GAINS, predicted, split)
+
+
+def _bounded_beside(costs: Costs, limits: Limits, mix: Mix, chosen: Balance) -> Balance:
+    """On the split that computes the prompts sooner than mixed steps do, if any does while decode steps last no longer
+    than the bound, or than the mixed step does."""
+    lasts = side_by_side.lasts_s(costs, mix.kv_bytes)
+    ends_s, step_s = math.inf, 0.0
+    if chosen.together:
+        steps = math.ceil(mix.prompt_tokens / max(chosen.chunk - mix.decoding, 1))
+        if steps == 1:
+            return chosen
+        step_s = _interpolated(chosen.predicted, chosen.chunk)
+        ends_s = steps * step_s
+    split = side_by_side.soonest(costs, lasts, mix.prompt_tokens, max(limits.tpot_s, step_s), ends_s)
+    predicted = {**chosen.predicted, **lasts}
+    if split is None:
+        return replace(chosen, predicted=predicted)
+    return Balance(False, None, BESIDE_WITHIN, predicted, split)
+
+
+def _mixed(costs: Costs, limits: Limits, mix: Mix) -> Balance:
+    """In mixed steps, or with prompts alone.
 
     A mixed step reads the weights once for both, so it takes the place of a decode step and of its tokens' share of a
     prefill. The saving is real only if decode steps are what the rest waits for, and then a step saves as much as it
@@ -119,8 +176,7 @@ def _alone(mix: Mix) -> str:
 def _gains_s(costs: Costs, mix: Mix, chunks: tuple[int, ...]) -> dict[int, float]:
     """Seconds that a mixed step of each budget saves; where it was not measured, that it would if it cost nothing of
     its own."""
-    share = mix.decoding / max(mix.at_once, mix.decoding, 1) if mix.blocked else 0.0
-    decode_s, per_token = costs.decode_fixed_s * share, costs.prefill_s_per_token
+    decode_s, per_token = costs.decode_fixed_s * _share(mix), costs.prefill_s_per_token
     with_compression = per_token + min(costs.exposed.values(), default=0.0)
     return {
         chunk: decode_s
@@ -128,6 +184,11 @@ def _gains_s(costs: Costs, mix: Mix, chunks: tuple[int, ...]) -> dict[int, float
         - costs.mixed_s.get(chunk, per_token * chunk)
         for chunk in chunks
     }
+
+
+def _share(mix: Mix) -> float:
+    """Of a decode step of all that will run at once, as much as is worth waiting for."""
+    return mix.decoding / max(mix.at_once, mix.decoding, 1) if mix.blocked else 0.0
 
 
 def _per_token(gains_s: Mapping[int, float], mix: Mix) -> dict[int, float]:
@@ -164,3 +225,10 @@ def _largest(lasts: Mapping[int, float], seconds: float) -> int | None:
         return chunk
     share = (seconds - lasts[chunk]) / (lasts[larger] - lasts[chunk])
     return chunk + int(share * (larger - chunk)) // CHUNK_STEP * CHUNK_STEP
+
+
+def _interpolated(lasts: Mapping[int, float], chunk: int) -> float:
+    """Seconds of a step of `chunk` tokens, between those of two budgets."""
+    below, above = max(each for each in lasts if each <= chunk), min(each for each in lasts if each >= chunk)
+    share = (chunk - below) / max(above - below, 1)
+    return lasts[below] + share * (lasts[above] - lasts[below])

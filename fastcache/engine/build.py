@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcache.attention.base import HeadShape
+from fastcache.attention.base import AttentionBackend, HeadShape
 from fastcache.attention.ragged import with_layouts
 from fastcache.attention.select import select_backend
 from fastcache.compression.registry import create
@@ -23,6 +23,7 @@ from fastcache.engine.cuda_graphs import padded_size
 from fastcache.engine.images import PictureEmbedder
 from fastcache.engine.memory import num_pages, prefill_tokens
 from fastcache.engine.methods import check_method, compressors, method_plan, prompt_of, state_rater
+from fastcache.engine.policy import INLINE
 from fastcache.engine.replay_compressor import replay_positions
 from fastcache.engine.resolve import max_model_len_of, resolve_device, resolve_dtype, resolve_kv_dtype
 from fastcache.engine.runner import Runner
@@ -30,7 +31,7 @@ from fastcache.engine.scheduler import Scheduler
 from fastcache.engine.stages import stage_policy
 from fastcache.engine.states import StateRatings
 from fastcache.engine.transforming import bind
-from fastcache.engine.tuning import compression_places, make_tuner
+from fastcache.engine.tuning import compression_places, make_tuner, prefill_splits
 from fastcache.kvcache.head_layout import LayoutTable
 from fastcache.kvcache.pages import PageAllocator
 from fastcache.kvcache.pool import KVPool, KVShape
@@ -61,6 +62,7 @@ class Parts:
     max_model_len: int
     dtype: torch.dtype
     processor: PictureProcessor | None = None
+    side: Runner | None = None  # of prefills beside decode steps
 
     def describe(self) -> dict[str, Any]:
         pool, backend, vision = self.runner.pool, self.runner.backend, self.model_config.vision
@@ -93,7 +95,9 @@ class Parts:
         return method.describe() if isinstance(method, BoundTransform) else None
 
     def close(self) -> None:
-        self.runner.model = self.runner.pool = self.runner.backend = None
+        for each in (self.runner, self.side):
+            if each is not None:
+                each.model = each.pool = each.backend = None
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -129,8 +133,10 @@ def build(config: EngineConfig) -> Parts:
     ragged = config.compression is not None and config.compression.head_budgets is not None
     # Who balances prefill against decode makes steps as small as decoding asks for.
     small = config.tuning == "all" and not (config.enforce_eager or ragged)
-    pages = num_pages(config, shape, model, tokens_per_step, max_model_len, device, small)
-    pool = KVPool(shape, pages, config.page_size, device)
+    splits = prefill_splits(config, method, device)
+    room = num_pages(config, shape, model, tokens_per_step, max_model_len, device, small, bool(splits))
+    splits = splits if room.asides else {}
+    pool = KVPool(shape, room.pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)
     plan = method_plan(config, method, shape) if method is not None else None
     max_pages = pages_for(max_model_len, config.page_size) + 1  # one more where heads share (`SharedLayout`)
@@ -141,7 +147,7 @@ def build(config: EngineConfig) -> Parts:
         backend = with_layouts(backend, layouts, padded_size(config.max_num_seqs), max_pages)
     limits = Limits(tokens_per_step, config.max_num_seqs, config.page_size)
     places = compression_places(config, split, method, device)
-    tuner = make_tuner(config, limits, pool, places, method)
+    tuner = make_tuner(config, limits, pool, places, method, splits)
     scheduler = Scheduler(
         limits,
         allocator,
@@ -155,16 +161,12 @@ def build(config: EngineConfig) -> Parts:
     compress = split.compress if config.partition.enabled else None
     states = StateRatings(rater, model, pool) if rater is not None else None
     inline, deferred = compressors(plan, pool, model, prompt, compress, layouts, states)
+    layout_of = scheduler.demand.layout if ragged else None
     runner = Runner(
         model,
         pool,
         backend,
-        BatchBuilder(
-            config.max_num_seqs,
-            max_pages,
-            config.page_size,
-            scheduler.demand.layout if ragged else None,
-        ),
+        BatchBuilder(config.max_num_seqs, max_pages, config.page_size, layout_of),
         config.max_num_seqs,
         inline,
         use_graphs=not config.enforce_eager,
@@ -177,6 +179,11 @@ def build(config: EngineConfig) -> Parts:
     )
     if tuner is not None and runner.compressor is not None:
         runner.compressor.timed = True
+    side = None
+    if splits:
+        runner.sides = {name: each.decode for name, each in splits.items()}
+        side = side_runner(runner, select_backend(config.attention_backend, pool, heads, device), small)
+        side.sides = {name: each.prefill for name, each in splits.items()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
     eos = model_config.eos_token_ids
@@ -194,4 +201,24 @@ def build(config: EngineConfig) -> Parts:
         max_model_len,
         dtype,
         processor,
+        side,
+    )
+
+
+def side_runner(runner: Runner, backend: AttentionBackend, small_steps: bool) -> Runner:
+    """Of prefills beside the decode steps of `runner`: the same model, pages and compressor, an attention backend and
+    newest tokens of its own. It runs no decode step, and no step while `runner` runs a prefill."""
+    seats = len(runner.last_tokens) - 1
+    return Runner(
+        runner.model,
+        runner.pool,
+        backend,
+        runner.builder,
+        seats,
+        runner.compressor,
+        use_graphs=runner.graphs is not None,
+        pictures=runner.pictures,
+        places={INLINE: None},
+        states=runner.states,
+        small_steps=small_steps,
     )

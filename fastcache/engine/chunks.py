@@ -27,18 +27,18 @@ class Chunks:
     def __init__(self, limits: Limits, allocator: PageAllocator, demand: PageDemand, direct: bool) -> None:
         self.limits, self.allocator, self.demand, self.direct = limits, allocator, demand, direct
 
-    def prefill(self, seq: Sequence, budget: int, split: bool, defer: bool) -> Chunk | None:
+    def prefill(self, seq: Sequence, budget: int, cut: bool, defer: bool) -> Chunk | None:
         """The next piece of an unfinished prefill, its pages allocated; None if there is none that fits.
 
-        Without `split` a prompt that a step of its own could hold whole waits for that step. `defer`: its
+        Without `cut` a prompt that a step of its own could hold whole waits for that step. `defer`: its
         compression is not part of this step, only what the method needs to see is kept.
         """
-        if seq.decoding or seq.to_compress:
+        if seq.decoding or seq.to_compress or seq.under_way:
             return None
         kept, tail = self.demand.kept(seq), self.demand.tail(seq)
         target = seq.request.compress_at if kept else seq.num_tokens
         left = target - seq.num_computed
-        if left > budget and not split and left <= self.limits.max_num_batched_tokens:
+        if left > budget and not cut and left <= self.limits.max_num_batched_tokens:
             return None
         length = min(left, budget)
         if 0 < left - length < tail:

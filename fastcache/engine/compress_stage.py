@@ -67,13 +67,18 @@ class CompressStage:
         """The job's copies are complete. To be called between two steps."""
         self.jobs.remove(job)
         for seq, kept, fresh in zip(job.seqs, job.kept, job.fresh_pages, strict=True):
-            seq.under_way = False
-            if seq in self._left_behind:
-                self.allocator.free(self._left_behind.pop(seq))
-                self.allocator.free(fresh)
-                continue
-            self.swap(seq, kept, fresh, stats)
-            seq.ready_s = now_s
+            if not self.abandoned(seq, fresh):
+                self.swap(seq, kept, fresh, stats)
+                seq.ready_s = now_s
+
+    def abandoned(self, seq: Sequence, fresh: Many[int]) -> bool:
+        """What `seq` was part of is complete. Whether it ended meanwhile: then nothing uses its pages from here on."""
+        seq.under_way = False
+        if seq not in self._left_behind:
+            return False
+        self.allocator.free(self._left_behind.pop(seq))
+        self.allocator.free(fresh)
+        return True
 
     def swap(self, seq: Sequence, kept: int, fresh: Many[int], stats: EngineStats) -> None:
         """From here on the sequence lives on its fresh pages. Later steps are ordered behind the copies."""
@@ -91,7 +96,7 @@ class CompressStage:
         stats.pages_freed += seq.pages_freed
 
     def release(self, seq: Sequence) -> None:
-        """Give back all pages of a sequence that ends; while a job still reads them, when that is done."""
+        """Give back all pages of a sequence that ends; while something under way uses them, when that is done."""
         if seq.under_way:
             self._left_behind[seq] = seq.pages
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -17,19 +18,24 @@ import numpy as np
 from fastcache.config import EngineConfig, SamplingParams, require
 from fastcache.core import Request, Sequence, Step
 from fastcache.device.green_context import partition
+from fastcache.engine.asides import MOST_UNDER_WAY
 from fastcache.engine.build import Parts, build
 from fastcache.engine.calibration import head_shares
+from fastcache.engine.checks import check_request
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.jobs import Jobs
 from fastcache.engine.offline import Offline
 from fastcache.engine.outputs import request_output
+from fastcache.engine.pending import PendingTokens
 from fastcache.engine.prompts import Prompt, PromptReader
 from fastcache.engine.replay import replay_prompt
-from fastcache.engine.runner import PendingTokens
 from fastcache.engine.scheduler import Drain
-from fastcache.errors import ConfigError, OutOfPages, PromptTooLong, QueueFull, UnsupportedCombination
+from fastcache.errors import ConfigError, UnsupportedCombination
 from fastcache.results import RequestOutput
 from fastcache.stats import EngineLoad, EngineStats
+
+# Step, its tokens, tokens that end a request, the time: who finished.
+Complete = Callable[[Step, list[int], frozenset[int], float], list[Sequence]]
 
 
 class LLM(Offline):
@@ -46,7 +52,7 @@ class LLM(Offline):
         self._reader = PromptReader(self.model_config, self.tokenizer, self._parts.processor)
         self._scheduler, self._runner = self._parts.scheduler, self._parts.runner
         self._stats = self._scheduler.stats
-        self._jobs = Jobs(self._scheduler, self._runner)
+        self._jobs = Jobs(self._scheduler, self._runner, self._parts.side)
         self._pending: PendingTokens | None = None
         self._last_result_s = 0.0
         self._ids = itertools.count()
@@ -86,47 +92,13 @@ class LLM(Offline):
             request_id, read.tokens, params, arrival, read.context_len, read.images, timeout_s, logprobs_from
         )
         seq = Sequence(request)
-        self._check(seq)
+        check_request(seq, self._scheduler, self._parts.max_model_len, self.config)
         self._live[request_id] = seq
         self._seeds[request_id] = (
             self.config.seed * 1_000_003 + number if params.seed is None else params.seed
         )
         self._scheduler.add(seq)
         return request_id
-
-    def _check(self, seq: Sequence) -> None:
-        request, limit = seq.request, self._parts.max_model_len
-        require(
-            request.timeout_s is None or request.timeout_s > 0,
-            f"timeout_s is {request.timeout_s}; allowed is a positive number of seconds, or None.",
-        )
-        wanted = seq.prompt_len + request.sampling.max_tokens
-        if wanted > limit:
-            raise PromptTooLong(
-                f"a prompt of {seq.prompt_len} tokens with max_tokens {request.sampling.max_tokens} needs {wanted} "
-                f"positions, max_model_len is {limit}. Shorten the prompt, lower max_tokens or raise max_model_len."
-            )
-        require(
-            0 <= request.compress_at <= seq.prompt_len,
-            f"context_len is {request.context_len}; allowed is 0 to the prompt's {seq.prompt_len} tokens.",
-        )
-        at_once, step = self._scheduler.demand.tail(seq), self._scheduler.limits.max_num_batched_tokens
-        require(
-            at_once <= step,
-            f"the compression method must see {at_once} tokens of a prompt in one step, and max_num_batched_tokens is "
-            f"{step}. Raise it to at least {at_once}, shorten the context, or use another method.",
-        )
-        demand, have = self._scheduler.demand, self._scheduler.allocator.num_pages - 1
-        need = demand.peak(seq, request.sampling.max_tokens)
-        if need > have:
-            raise OutOfPages(
-                f"a prompt of {seq.prompt_len} tokens with max_tokens {request.sampling.max_tokens} needs {need} "
-                f"pages of {self.config.page_size} tokens, the KV pool has {have}. Raise num_pages or "
-                "gpu_memory_utilization, or shorten the request."
-            )
-        waiting, most = len(self._scheduler.waiting), self.config.max_waiting
-        if most is not None and waiting >= most:
-            raise QueueFull(f"{waiting} requests are waiting and max_waiting is {most}; send it again later.")
 
     def cancel(self, request_id: str) -> RequestOutput | None:
         """End a request; its pages are free at once. Returns what it has, None for unknown or finished ids."""
@@ -149,16 +121,15 @@ class LLM(Offline):
         now = time.perf_counter()
         self.new_tokens = {}
         finished = [self._output(seq, now) for seq in self._scheduler.expire(now)]
-        self._jobs.receive(wait=False)
+        finished += self._receive()
         try:
             step = self._next()
         except Drain:
-            finished += self._deliver()
-            self._jobs.receive(wait=True)
+            finished += self._deliver() + self._receive(MOST_UNDER_WAY)
             step = self._next()
         if step is None:
             if self._pending is None:
-                self._jobs.receive(wait=True)
+                finished += self._receive(1)
             return finished + self._deliver()
         launched = self._runner.launch(step, self._seeds)
         self._scheduler.commit(step, launched.launched_s)
@@ -170,31 +141,49 @@ class LLM(Offline):
         return finished
 
     def _next(self) -> Step | None:
-        """The next step; compressions that come before it are launched on the way."""
-        while isinstance(work := self._scheduler.schedule(), CompressionJob):
-            self._jobs.launch(work)
+        """The next step; what comes before it and runs beside it is launched on the way."""
+        while (work := self._scheduler.schedule()) is not None:
+            if isinstance(work, CompressionJob):
+                self._jobs.launch(work)
+            elif work.aside:
+                self._jobs.prefill(work, self._seeds)
+            else:
+                break
         return work
+
+    def _receive(self, least: int = 0) -> list[RequestOutput]:
+        """What ran beside the steps and is complete takes effect. `least`: so many prefills, and all compressions, are
+        waited for."""
+        self._jobs.receive(wait=least > 0)
+        prefills = self._jobs.prefilled(least)
+        return [output for each in prefills for output in self._take(each, self._scheduler.receive)]
 
     def _deliver(self) -> list[RequestOutput]:
         if self._pending is None:
             return []
         pending, self._pending = self._pending, None
+        return self._take(pending, self._scheduler.complete)
+
+    def _take(self, pending: PendingTokens, complete: Complete) -> list[RequestOutput]:
+        """A step's tokens, waited for; returns the requests that they ended."""
         tokens = pending.wait()
         now = time.perf_counter()
         self._account(pending, now)
         sampling = [(chunk.seq, len(chunk.seq.output_ids)) for chunk in pending.step.chunks if chunk.sample]
-        done = self._scheduler.complete(pending.step, tokens, self._parts.eos, now)
+        done = complete(pending.step, tokens, self._parts.eos, now)
         for seq, had in sampling:
             if fresh := seq.output_ids[had:]:
                 self.new_tokens.setdefault(seq.request.request_id, []).extend(fresh)
         return [self._output(seq, now) for seq in done]
 
     def _account(self, pending: PendingTokens, now: float) -> None:
-        """A step's time runs from its launch, or from the end of the step before it if that came later."""
-        elapsed = pending.seconds()
-        if elapsed is None:
+        """A step's time runs from its launch, or from the end of the step before it if that came later. Decode steps
+        beside a prefill are timed by what requests see, as the host launches both."""
+        elapsed, step = pending.seconds(), pending.step
+        if elapsed is None or (step.split is not None and step.decode):
             elapsed = now - max(self._last_result_s, pending.launched_s)
-        self._last_result_s = now
+        if not step.aside:
+            self._last_result_s = now
         self._jobs.account(pending, elapsed, now)
 
     def _output(self, seq: Sequence, now: float) -> RequestOutput:

@@ -1,21 +1,27 @@
-"""Compressions under way: launched when scheduled, taking effect between two steps, timed without waiting."""
+"""What runs beside the steps, compressions and prefills on a side of their own: launched when scheduled, taking effect
+between two steps, timed without waiting."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 
+from fastcache.core import Step
 from fastcache.device.timing import Span
 from fastcache.engine.compress_stage import CompressionJob
 from fastcache.engine.deferred import LaunchedJob
-from fastcache.engine.runner import PendingTokens, Runner
+from fastcache.engine.pending import PendingTokens
+from fastcache.engine.runner import Runner
 from fastcache.engine.scheduler import Scheduler
 
 
 class Jobs:
-    """Between the scheduler, which plans jobs and swaps page tables, and the runner, which carries them out."""
+    """Between the scheduler, which plans jobs and swaps page tables, and the runner, which carries them out. `side`:
+    the runner of prefills that decode steps run beside, in an engine that has some."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
-        self._scheduler, self._runner = scheduler, runner
+    def __init__(self, scheduler: Scheduler, runner: Runner, side: Runner | None = None) -> None:
+        self._scheduler, self._runner, self._side = scheduler, runner, side
+        self._prefills: deque[PendingTokens] = deque()
         self._under_way: list[LaunchedJob] = []
         self._spans: list[
             tuple[Span, bool]
@@ -49,9 +55,27 @@ class Jobs:
                 if tuner is not None:
                     tuner.observed.job_done(launched.tokens)
 
+    def prefill(self, step: Step, seeds: dict[str, int]) -> None:
+        """Start a prefill on its side, behind all steps launched so far."""
+        launched = self._side.launch(step, seeds, behind=self._runner)
+        self._scheduler.commit(step, launched.launched_s)
+        self._prefills.append(launched)
+
+    def prefilled(self, least: int) -> list[PendingTokens]:
+        """Those that are complete, in order of launch; `least`: so many of them are waited for."""
+        complete: list[PendingTokens] = []
+        while self._prefills and (len(complete) < least or self._prefills[0].done()):
+            pending = self._prefills.popleft()
+            # -1 of one that has ended: the seat that nobody has.
+            seats = [chunk.seq.seat for chunk in pending.step.chunks if chunk.sample]
+            self._runner.adopt(seats, pending.wait())
+            complete.append(pending)
+        return complete
+
     def account(self, pending: PendingTokens, elapsed_s: float, end_s: float) -> None:
         """Count the time of a step whose tokens have arrived, without that of jobs ahead of it in its stream."""
-        elapsed_s -= self._seconds_before_step()
+        if not pending.step.aside:
+            elapsed_s -= self._seconds_before_step()
         stats, tuner = self._scheduler.stats, self._scheduler.tuner
         stats.add_time(pending.step, elapsed_s, end_s)
         inside = sum(span.seconds() or 0.0 for span in pending.spans)

@@ -38,5 +38,5 @@ def _state(now_s: float, running: Iterable[Sequence], waiting: int) -> KVSample:
         elif seq.decoding and not seq.to_compress:
             whole += len(seq.pages)
         else:
-            before += len(seq.pages)
+            before += len(seq.pages) + seq.fresh
     return KVSample(now_s, before, compressed, whole, held, count, waiting)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import psutil
 import torch
 from torch import Tensor
 
+from fastcache.attention.flashinfer import WORKSPACE_BYTES
 from fastcache.compression.base import budget
 from fastcache.compression.layer import WAITING_BYTES
 from fastcache.config import EngineConfig
+from fastcache.engine.asides import MOST_TOKENS as ASIDE_TOKENS
 from fastcache.engine.compressor import SMALL_STEP
 from fastcache.engine.step_graphs import buffer_bytes
 from fastcache.errors import OutOfPages
@@ -29,6 +33,16 @@ CUDA_RESERVE_BYTES = 1_200 * 2**20
 # What a compressed prefill holds beside the pool, in copies of the step's keys and values of one layer: gathered
 # pages, the same in the order of heads, the kept entries, and the scores in float32. Counted, then rounded up.
 COMPRESSION_COPIES = 6
+# Prefills beside decode steps have activations and an attention workspace of their own, unless these cost a larger
+# share of the pages that can be used.
+ASIDE_SHARE = 0.05
+
+
+class Room(NamedTuple):
+    """Pages of the pool, and whether there is memory for prefills beside decode steps, too."""
+
+    pages: int
+    asides: bool
 
 
 def prefill_tokens(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -56,18 +70,25 @@ def num_pages(
     max_model_len: int,
     device: torch.device,
     small_steps: bool = False,
-) -> int:
-    """Pages of the pool. `small_steps`: whether short steps have buffers of their own (`step_graphs`). Errors:
-    `OutOfPages` when there is no room for one, with the remedy."""
+    asides: bool = False,
+) -> Room:
+    """How large the pool is. `small_steps`: whether short steps have buffers of their own (`step_graphs`); `asides`:
+    whether prefills beside decode steps are wanted. Errors: `OutOfPages` when there is no room for a page, with the
+    remedy."""
     if config.num_pages is not None:
-        return config.num_pages
+        return Room(config.num_pages, asides)
     page_bytes = shape.slot_bytes * config.page_size
     useful = config.max_num_seqs * _pages_per_sequence(config, max_model_len) + 1
+    aside_bytes = 0
     if device.type == "cpu":
         available = int(psutil.virtual_memory().available * CPU_POOL_SHARE)
     else:
-        available = _cuda_bytes(config, shape, model, tokens_per_step, device)
-        available -= buffer_bytes(model.config, shape.dtype) if small_steps else 0
+        peak = _peak_activation_bytes(model, tokens_per_step, config.max_num_seqs, device)
+        buffers = buffer_bytes(model.config, shape.dtype) if small_steps else 0
+        available = _free_bytes(config, device) - _step_bytes(config, peak, tokens_per_step, shape) - buffers
+        tokens = min(ASIDE_TOKENS, tokens_per_step)
+        aside_bytes = _step_bytes(config, peak * tokens // tokens_per_step, tokens, shape) + buffers
+        aside_bytes += WORKSPACE_BYTES
     pages = available // page_bytes
     if pages < 2:
         raise OutOfPages(
@@ -75,7 +96,9 @@ def num_pages(
             f"{max(available, 0):,} are free. Raise gpu_memory_utilization (now {config.gpu_memory_utilization}), "
             f"lower max_num_batched_tokens (now {tokens_per_step}), or use a smaller model."
         )
-    return min(useful, pages)
+    fewer = (available - aside_bytes) // page_bytes
+    asides = asides and fewer >= (1 - ASIDE_SHARE) * min(useful, pages)
+    return Room(min(useful, fewer if asides else pages), asides)
 
 
 def _pages_per_sequence(config: EngineConfig, max_model_len: int) -> int:
@@ -86,15 +109,15 @@ def _pages_per_sequence(config: EngineConfig, max_model_len: int) -> int:
     return pages
 
 
-def _cuda_bytes(
-    config: EngineConfig, shape: KVShape, model: Llama, tokens_per_step: int, device: torch.device
-) -> int:
-    peak = _peak_activation_bytes(model, tokens_per_step, config.max_num_seqs, device)
-    if config.compression is not None:
-        peak = with_compression(peak, tokens_per_step, shape)
+def _step_bytes(config: EngineConfig, peak: int, tokens: int, shape: KVShape) -> int:
+    """What a step of `tokens` takes whose forward pass takes `peak`."""
+    return peak if config.compression is None else with_compression(peak, tokens, shape)
+
+
+def _free_bytes(config: EngineConfig, device: torch.device) -> int:
+    """What the configuration allows and nobody uses yet, less what is kept free."""
     free, total = torch.cuda.mem_get_info(device)
-    in_use = total - free
-    return int(total * config.gpu_memory_utilization) - in_use - peak - CUDA_RESERVE_BYTES
+    return int(total * config.gpu_memory_utilization) - (total - free) - CUDA_RESERVE_BYTES
 
 
 def with_compression(peak: int, tokens: int, shape: KVShape) -> int:

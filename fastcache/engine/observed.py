@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from fastcache.core import Step
 from fastcache.engine.amounts import Amounts, amounts
-from fastcache.engine.averages import Middle, Plane, Ratio
+from fastcache.engine.averages import Middle, Plane, Ratio, Sides
 from fastcache.engine.policy import AFTER, INLINE, Costs, Limits
+from fastcache.engine.side_by_side import LEAST_TOKENS
 
 TRIALS = 3  # observations before a cost counts as measured
 # The first steps of a kind compile kernels, and one that captures a graph takes many times as long as the next:
@@ -23,7 +24,8 @@ ALIKE, MOST_SIZES = 2, 64
 # Costs follow what is observed: at once while little is known, then, as averages move slowly, every eighth step.
 SETTLED, REFRESH = 64, 8
 PREFILLS = 33  # whose compression is remembered: small ones between large ones must not push those out
-STEP_KINDS = ("prefill", "decode", "mixed")
+# What is predicted: prefills, decode and mixed steps alone; prefills on one side of a split, decode steps beside them.
+STEP_KINDS = ("prefill", "decode", "mixed", "aside", "beside")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Observed:
         self.exposed = {place: Middle(PREFILLS) for place in limits.places}
         self._seen_tokens: dict[str, int] = {}
         self.mixed = {chunk: Middle() for chunk in limits.chunks}
+        self.sides = {split: Sides() for split in limits.splits}
         self._alike: dict[Amounts, Middle] = {}
         self.kv_bytes = 0.0  # that the last step with decoding sequences read
         self._steps: Counter[str] = Counter()
@@ -68,7 +71,10 @@ class Observed:
                 place: self._exposed_s(place) for place, seen in self.exposed.items() if seen.count >= TRIALS
             }
             seen, mixed = dict(self._seen_tokens), _measured(self.mixed)
-            self._costs = Costs(fixed, per_byte, per_token, exposed, mixed, seen)
+            known = {name: sides for name, sides in self.sides.items() if sides.count >= TRIALS}
+            aside = {name: sides.prefill.value for name, sides in known.items()}
+            beside = {name: sides.decode.value for name, sides in known.items()}
+            self._costs = Costs(fixed, per_byte, per_token, exposed, mixed, seen, aside, beside)
         return self._costs
 
     def _exposed_s(self, place: str) -> float:
@@ -98,9 +104,11 @@ class Observed:
         base = prefill[0] * work.tokens + prefill[1] * work.pairs + decode[1] * work.kv_bytes
         if self._odd(step, elapsed_s, base + decode[0]):
             return 0.0
-        if self._beside(step, under_way, elapsed_s, base + compression_s, decode):
+        if step.split is None and self._beside(step, under_way, elapsed_s, base + compression_s, decode):
             return 0.0
-        if step.decode:
+        if step.split is not None:
+            seen, lost = self._observe_sides(step, work, elapsed_s, decode[0] + base), 0.0
+        elif step.decode:
             self._observe_decode(work, elapsed_s, decode[0] + base)
             seen, lost = self._decode.count, 0.0
         elif step.decode_rows:
@@ -119,10 +127,11 @@ class Observed:
     def _odd(self, step: Step, elapsed_s: float, expected_s: float) -> bool:
         """Whether a step's time is the host's doing. Several such times of a kind in a row are the device's."""
         kind = "decode" if step.decode else "mixed" if step.decode_rows else "prefill"
+        kind += step.split or ""
         self._steps[kind] += 1
         if self._steps[kind] <= UNSEEN:
             return True
-        known = min(self._prefill.count if kind != "decode" else TRIALS, self._decode.count) >= TRIALS
+        known = min(TRIALS if step.decode else self._prefill.count, self._decode.count) >= TRIALS
         odd = known and elapsed_s > OUTLIER * expected_s and self._odd_run[kind] < TRIALS
         self._odd_run[kind] = self._odd_run[kind] + 1 if odd else 0
         return odd
@@ -170,6 +179,22 @@ class Observed:
             self._predicted("mixed", known + read_s - less_s, elapsed_s, TRIALS)
         self.mixed[chunk].add(1.0, elapsed_s - read_s + less_s)
         return self.mixed[chunk].count
+
+    def _observe_sides(self, step: Step, work: Amounts, elapsed_s: float, alone_s: float) -> int:
+        """A prefill on one side of a split, or a decode step beside it that takes `alone_s` on the whole GPU. Returns
+        how often both were seen."""
+        sides = self.sides[step.split]
+        if step.decode:
+            kind, middle, amount = "beside", sides.decode, alone_s
+            tells_it = self._decode.count >= TRIALS
+        else:
+            kind, middle, amount = "aside", sides.prefill, work.tokens
+            tells_it = work.tokens >= LEAST_TOKENS
+        if sides.count >= TRIALS:
+            self._predicted(kind, middle.value * amount, elapsed_s, TRIALS)
+        if tells_it:
+            middle.add(amount, elapsed_s)
+        return sides.count
 
     def _budget(self, tokens: int) -> int | None:
         """The smallest budget that holds so many tokens."""

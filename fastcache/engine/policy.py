@@ -25,7 +25,9 @@ class Costs:
     """Measured on this device. `exposed`: seconds per context token that compression adds to the main stream, by place;
     `seen_tokens`: how many were compressed in the largest step that this was seen in.
     `mixed_s`: seconds of a mixed step beyond the KV bytes that its decoding rows read, by its budget of tokens;
-    `decode_fixed_s`: the same of a decode step."""
+    `decode_fixed_s`: the same of a decode step. By SM split, for those that were measured on both sides:
+    `aside_s_per_token` of a prefill beside decode steps, its compression included, and `beside`, how many times as long
+    a decode step lasts beside it."""
 
     decode_fixed_s: float | None = None
     decode_s_per_byte: float | None = None
@@ -33,13 +35,16 @@ class Costs:
     exposed: Mapping[str, float] = field(default_factory=dict)
     mixed_s: Mapping[int, float] = field(default_factory=dict)
     seen_tokens: Mapping[str, int] = field(default_factory=dict)
+    aside_s_per_token: Mapping[str, float] = field(default_factory=dict)
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Limits:
     """What the device and the configuration allow. `places`: where compression may run, the fixed choice first;
     a place with a partition is one that was granted. `chunks`: tokens a mixed step may have, ascending, of prompts and
-    of decoding rows together: it is their number that the products' tiles fit.
+    of decoding rows together: it is their number that the products' tiles fit. `splits`: of the SMs, by name, of
+    which prefill can have one side and decode the other.
     `tpot_s`: seconds that a sequence may wait between two tokens; None if only throughput counts."""
 
     max_seqs: int
@@ -47,6 +52,7 @@ class Limits:
     bytes_per_token: int
     places: tuple[str, ...] = (INLINE,)
     chunks: tuple[int, ...] = ()
+    splits: tuple[str, ...] = ()
     tpot_s: float | None = None
 
 

@@ -56,8 +56,9 @@ class Queues:
     ) -> Load:
         """Count every running sequence, and the tokens to prefill up to `enough`, which is one full step."""
         early = self.early()
-        prefill = [seq for seq in early if not seq.to_compress]
-        compress = [seq for seq in early if seq.to_compress and not seq.under_way]
+        idle = [seq for seq in early if not seq.under_way]
+        prefill = [seq for seq in idle if not seq.to_compress]
+        compress = [seq for seq in idle if seq.to_compress]
         tokens = sum(seq.num_tokens - seq.num_computed for seq in prefill)
         pending = len(prefill) + len(waiting)
         for seq in waiting:  # a queue may be long: it matters only until a step is full

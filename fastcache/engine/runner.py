@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from fastcache.engine.compressor import InlineCompressor
 from fastcache.engine.cuda_graphs import DecodeGraphs
 from fastcache.engine.deferred import DeferredCompressor, LaunchedJob
 from fastcache.engine.images import PictureEmbedder
+from fastcache.engine.pending import PendingTokens
 from fastcache.engine.sampler import sample, sampling_batch
 from fastcache.engine.states import StateRatings
 from fastcache.engine.step_graphs import MOST_TOKENS, SmallSteps
@@ -28,29 +28,6 @@ from fastcache.errors import DeviceOutOfMemory
 from fastcache.kvcache.pool import KVPool
 from fastcache.models.layers import Attend, Places
 from fastcache.models.llama import Llama
-
-
-@dataclass(frozen=True)
-class PendingTokens:
-    """A launched step. `wait` blocks until its tokens are on the host. `ready` None: they already are."""
-
-    step: Step
-    tokens: Tensor  # (S,) int64 on the host, valid after `ready`
-    ready: torch.cuda.Event | None
-    launched_s: float
-    spans: tuple[Span, ...] = ()  # of compression inside the step, where it is timed
-    since: torch.cuda.Event | None = None  # where its time begins: see `Runner._since`
-    beside: Span | None = None  # of compression on a stream of its own
-
-    def wait(self) -> list[int]:
-        if self.ready is not None:
-            self.ready.synchronize()
-        return self.tokens.tolist()
-
-    def seconds(self) -> float | None:
-        """How long the device had the step, after `wait`; None where there are no events. The host's clock would count
-        the time in which it launches the next step to the one that has long ended."""
-        return None if self.since is None else self.since.elapsed_time(self.ready) / 1e3
 
 
 class Runner:
@@ -79,7 +56,8 @@ class Runner:
         self.compressor, self.deferred, self.pictures, self.states = compressor, deferred, pictures, states
         self.device = pool.device
         self.places = places or {}  # streams by the names that a step's `place` may have
-        self._stream = stream  # None: the device's default stream
+        self.sides: Mapping[str, torch.cuda.Stream] = {}  # by split, where steps that name one run
+        self._home = self._stream = stream  # None: the device's default stream
         self._ready: torch.cuda.Event | None = None  # of the newest step
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = self.small = None
@@ -88,24 +66,42 @@ class Runner:
             if small_steps and self._places(self.last_tokens) is not None:
                 self.small = SmallSteps(model, self._places, stream)
 
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """Where the newest step runs; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return self._stream or torch.cuda.default_stream(self.device)
+
     def use_streams(self, main: torch.cuda.Stream, compress: torch.cuda.Stream) -> None:
         """Run the steps from here on on another partition's streams, in order behind those before."""
-        hand_over(self._stream or torch.cuda.default_stream(), main)
-        self._stream = main
-        for each in (self.graphs, self.small):
-            if each is not None:
-                each.move(main)
+        self._home = main
+        self._move(main)
         for each in (self.compressor, self.deferred):
             if each is not None:
                 each.stream = compress
 
+    def _move(self, stream: torch.cuda.Stream | None) -> None:
+        """Steps run on `stream` from here on, in order behind those before."""
+        if stream == self._stream:
+            return
+        before, self._stream = self.stream, stream
+        hand_over(before, self.stream)
+        for each in (self.graphs, self.small):
+            if each is not None:
+                each.move(stream)
+
     @torch.inference_mode()
-    def launch(self, step: Step, seeds: dict[str, int]) -> PendingTokens:
-        """Run `step` and return without waiting for the device. seeds: request id -> seed of its draws.
+    def launch(self, step: Step, seeds: dict[str, int], behind: Runner | None = None) -> PendingTokens:
+        """Run `step` and return without waiting for the device. seeds: request id -> seed of its draws. `behind`: not
+        before all that this one was given so far.
 
         Errors: `DeviceOutOfMemory`, after which the engine is to be closed.
         """
         launched_s = time.perf_counter()
+        self._move(self._home if step.split is None else self.sides[step.split])
+        if behind is not None:
+            hand_over(behind.stream, self.stream)
         with self._on_device(f"a step of {step.num_tokens} tokens"):
             return self._launch(step, seeds, launched_s, self._since())
 
@@ -114,6 +110,15 @@ class Runner:
         """Start a compression of its own, behind all steps launched so far. Errors: `DeviceOutOfMemory`."""
         with self._on_device(f"a compression of {job.num_tokens} tokens"):
             return self.deferred.launch(job)
+
+    @torch.inference_mode()
+    def adopt(self, seats: list[int], tokens: list[int]) -> None:
+        """`tokens`, which another runner sampled, are the newest of these seats: the next step starts from them."""
+        if not seats:
+            return
+        with self._on_device(f"{len(tokens)} tokens"):
+            where, values = upload([np.asarray(seats), np.asarray(tokens)], self.device)
+            self.last_tokens[where] = values
 
     def forget(self, seq: Sequence) -> None:
         """`seq` has ended: drop what was kept for it."""

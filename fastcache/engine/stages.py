@@ -50,15 +50,17 @@ class Load(NamedTuple):
 class Turn(NamedTuple):
     """A stage, and the largest batch it may take: sequences, prefill tokens; None is the engine's own limit.
 
-    `together`: decoding sequences ride on the prefill's forward pass. `split`: any prompt may be cut to fill the step,
-    not the first one alone; those that are cut are compressed out of pages.
+    `together`: decoding sequences ride on the prefill's forward pass. `cut`: any prompt may be cut to fill the step,
+    not the first one alone; those that are cut are compressed out of pages. `split`: prefill runs on one side of this
+    SM split, beside decode steps on the other.
     """
 
     stage: str
     max_seqs: int | None = None
     max_tokens: int | None = None
     together: bool = False
-    split: bool = False
+    cut: bool = False
+    split: str | None = None
 
 
 class StagePolicy(Protocol):

@@ -11,6 +11,8 @@ from collections import Counter, deque
 from typing import Any
 
 from fastcache.core import Sequence, Step
+from fastcache.engine import side_by_side
+from fastcache.engine.asides import MOST_TOKENS
 from fastcache.engine.balance import Balance, Mix, balance, worth_trying
 from fastcache.engine.observed import TRIALS, Observed, tells
 from fastcache.engine.policy import (
@@ -47,7 +49,7 @@ class Tuner:
 
     def __init__(self, limits: Limits, copy_bytes_s: float) -> None:
         self.limits, self.observed = limits, Observed(limits, copy_bytes_s)
-        self.cuts_prompts = bool(limits.chunks)
+        self.cuts_prompts = bool(limits.chunks or limits.splits)
         self.may_defer = any(place.startswith(AFTER) for place in limits.places)
         self._trials: Counter[str | int] = Counter()
         self._tried: deque[bool] = deque()  # of launched steps with prompts, whether they are trials
@@ -129,14 +131,16 @@ class Tuner:
     def turns(self, load: Load) -> tuple[Turn, ...]:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
         self._chosen = chosen = self._balance(load)
+        if chosen.split is not None:
+            return Turn(PREFILL, max_tokens=MOST_TOKENS, split=chosen.split), *LATER
         prompts = None if chosen.chunk is None else max(chosen.chunk - load.decode.pending, 1)
         self._ahead = load.prefill_tokens if prompts is None else min(prompts, load.prefill_tokens)
         together = chosen.together
-        return Turn(PREFILL, max_tokens=prompts, together=together, split=together), *LATER
+        return Turn(PREFILL, max_tokens=prompts, together=together, cut=together), *LATER
 
     def _balance(self, load: Load) -> Balance:
         pending, decoding = load.prefill.pending, load.decode.pending
-        if not (pending and decoding and self.limits.chunks):
+        if not (pending and decoding and self.cuts_prompts):
             return Balance(False, None, NOTHING)
         observed, costs = self.observed, self.observed.costs
         kv_bytes = 0.0 if self.limits.tpot_s is None else observed.kv_bytes  # else no answer depends on them
@@ -149,8 +153,15 @@ class Tuner:
             untried = self._untried(tuple(chunk for chunk in worth if tells(chunk, tokens)), observed.mixed)
             if untried is not None:
                 return Balance(True, untried, TRIED)
+        if self.freely and (split := self._untried_split(mix)) is not None:
+            return Balance(False, None, TRIED, split=split)
         self._balanced_with, self._balanced = costs, balance(costs, self.limits, mix)
         return self._balanced
+
+    def _untried_split(self, mix: Mix) -> str | None:
+        """A trial occupies two sides for a while: only a warm-up has the time."""
+        worth = side_by_side.worth_trying(self.observed.costs, self.limits, mix.blocked, mix.prompt_tokens)
+        return self._untried(worth, self.observed.sides)
 
     def _untried(self, names: tuple[Any, ...], observed: dict[Any, Any]) -> Any | None:
         """What still needs a trial; each gets a bounded number of them, whether or not they say anything."""
@@ -164,17 +175,18 @@ class Tuner:
         """A prefill step is being launched as decided: remember why."""
         tried = False
         prompts = step.chunks[: len(step.chunks) - step.decode_rows]
-        if any(chunk.kept or chunk.defer for chunk in prompts):
+        if not step.aside and any(chunk.kept or chunk.defer for chunk in prompts):
             place, reason = self._placed
             self._trials[place] += reason == TRIED
             tried = reason == TRIED and place != self.limits.places[0]  # the fixed one would have run anyway
             self._note(("place", place, reason), None, None)
         chosen = self._chosen
         if chosen.reason != NOTHING:
-            tried |= chosen.reason == TRIED
-            self._trials[chosen.chunk] += chosen.reason == TRIED and tells(chosen.chunk, step.num_tokens)
-            choice = "together" if chosen.together else "prefill alone"
-            self._note(("balance", choice, chosen.reason), self._mix, chosen)
+            if chosen.reason == TRIED:
+                tried = True
+                told = chosen.split is not None or tells(chosen.chunk, step.num_tokens)
+                self._trials[chosen.split or chosen.chunk] += told
+            self._note(("balance", chosen.choice, chosen.reason), self._mix, chosen)
         self._tried.append(tried)
 
     def _note(self, key: tuple[str, ...], inputs: Any, outcome: Any) -> None:
@@ -213,6 +225,7 @@ class Tuner:
             "measured": self.measured,
             "costs": dataclasses.asdict(self.observed.costs),
             "places": list(self.limits.places),
+            "splits": list(self.limits.splits),
             "steps": {
                 kind: {"count": n, "predicted_s": expected, "measured_s": measured}
                 for kind, (n, expected, measured) in self.observed.predicted.items()

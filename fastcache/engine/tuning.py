@@ -1,16 +1,18 @@
-"""What an engine may choose from while it runs: the places where compression can go, each with its stream, and the
-tuner that chooses."""
+"""What an engine may choose from while it runs: the places where compression can go, the SM splits that prefill and
+decode can share, each with its streams, and the tuner that chooses."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastcache.compression.base import EvictionMethod
 from fastcache.compression.layer import NEEDS_ALL_QUERIES
-from fastcache.config import EngineConfig
+from fastcache.config import EngineConfig, PartitionConfig
 from fastcache.device.ceilings import measure
 from fastcache.device.green_context import partition
 from fastcache.device.partition import Partition
@@ -25,6 +27,19 @@ from fastcache.kvcache.pool import KVPool
 # Prefill budgets of mixed steps, as parts of a full step. A small one lets decoding rows ride along most often, a
 # large one fills the matrix units.
 CHUNK_PARTS = (128, 64, 32, 16, 8)
+# Shares of the SMs that decode may have beside a prefill. On an H100 a quarter reads KV at three quarters of the whole
+# GPU's rate, three eighths at nine tenths (results/published/h100-greenctx/sm_sweep.csv).
+DECODE_SHARES = (0.25, 0.375)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An SM split: the streams of its two sides."""
+
+    prefill: torch.cuda.Stream
+    decode: torch.cuda.Stream
 
 
 def make_tuner(
@@ -33,6 +48,7 @@ def make_tuner(
     pool: KVPool,
     places: dict[str, Any],
     method: EvictionMethod | None,
+    splits: dict[str, Split],
 ) -> Tuner | None:
     """None where nothing is decided from measurement."""
     if config.tuning == "off":
@@ -44,6 +60,7 @@ def make_tuner(
         bytes_per_token=pool.shape.bytes_per_token,
         places=tuple(places),
         chunks=chunks,
+        splits=tuple(splits),
         tpot_s=config.tpot_bound_s,
     )
     tuner = Tuner(limits, measure(str(pool.device)).copy_bytes_s)
@@ -93,3 +110,26 @@ def compression_places(
 def _name(place: str, split: Partition) -> str:
     granted = (split.granted_sms or {}).get("compress") if split.available else None
     return place if granted is None else f"{place}:{granted}"
+
+
+def prefill_splits(
+    config: EngineConfig, method: EvictionMethod | None, device: torch.device
+) -> dict[str, Split]:
+    """How prefill and decode may divide the SMs, by what each side was granted ("100+32"); none where a split binds or
+    none is disjoint, where a method must see a prompt's queries all at once, or heads have budgets of their own."""
+    wanted, compression = config.partition, config.compression
+    free = config.tuning == "all" and device.type == "cuda" and wanted.enabled and wanted.bound
+    alone = method is not None and (method.needs & NEEDS_ALL_QUERIES or compression.head_budgets is not None)
+    if not free or alone:
+        return {}
+    splits = {}
+    for share in DECODE_SHARES:
+        try:
+            made = partition(PartitionConfig(True, share, 1 - share, main_stream=True), device)
+        except UnsupportedCombination as error:
+            log.info("prefill and decode cannot have %s and %s of the SMs: %s", 1 - share, share, error)
+            continue
+        if made.available and made.exclusive:
+            granted = made.granted_sms or made.requested_sms
+            splits[f"{granted['main']}+{granted['compress']}"] = Split(made.main, made.compress)
+    return splits

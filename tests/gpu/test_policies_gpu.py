@@ -11,6 +11,7 @@ import torch
 from fastcache import LLM, SamplingParams
 from fastcache.engine.balance import BACKLOG, TIGHT, WITHIN
 from fastcache.engine.policy import NOT_MEASURED
+from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, Turn
 from fastcache.engine.tuner import TRIED
 
 pytestmark = [
@@ -172,3 +173,90 @@ def test_small_steps_in_pieces_give_the_tokens_of_eager_ones(tiny_model, compres
         pairs = [(got[i][0], want[i][0]) for i in got]
     assert sum(a == b for a, b in pairs) > 0.7 * len(pairs)
     llm.check_books()
+
+
+class SideBySide:
+    """Every prefill beside decode steps, on the first split there is."""
+
+    deferred, cuts_prompts, by_age = False, True, False
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def turns(self, load):
+        return Turn(PREFILL, max_tokens=400, split=self.split), Turn(COMPRESS), Turn(DECODE)
+
+
+def side_by_side(folder, method, **options) -> LLM:
+    partition = {**PARTITION, "bound": True}
+    llm = engine(folder, method, tuning="all", partition=partition, max_num_batched_tokens=4096, **options)
+    splits = llm._scheduler.tuner.limits.splits
+    if not splits:
+        pytest.skip("this device grants no disjoint split")
+    llm._scheduler.policy = SideBySide(splits[0])
+    return llm
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["full", "snapkv"])
+def test_prefills_beside_decode_steps_race_with_nothing(folder, method):
+    """They are held up, so that many decode steps run beside each; pages are few, so that they change hands at once."""
+    rng, alone, steps, held = random.Random(6), engine(folder, method), 0, 0
+    for _ in range(8):
+        llm = side_by_side(folder, method, num_pages=150)
+        side = llm._jobs._side
+        forward = side._forward
+
+        def late(step, batch, forward=forward):
+            torch.cuda._sleep(rng.randint(0, 15_000_000))  # cycles: up to some 10 ms
+            return forward(step, batch)
+
+        side._forward = late
+        work = work_of(rng, 40)
+        done = arriving(llm, work, rng, cancel=0.01)
+        stats = llm.stats()
+        steps += stats.decode_steps + stats.prefill_steps
+        held += sum(segment.steps for segment in stats.segments if segment.stream == "aside")
+        numbers = sorted(done)
+        outputs = alone.generate([work[i][0] for i in numbers], [greedy(work[i][1]) for i in numbers])
+        assert [done[i] for i in numbers] == [o.token_ids for o in outputs]
+        llm.close()
+    assert steps > 1000 and held > 50
+
+
+@pytest.mark.parametrize("compression", [None, METHODS[1]], ids=["full", "compressed"])
+def test_prefills_beside_decode_graphs_give_the_tokens_of_steps_alone(tiny_model, compression):
+    """Through flashinfer, with graphs on both sides: of decode steps, and between the attentions of a prefill."""
+    pytest.importorskip("flashinfer")
+    folder = tiny_model("qwen3", 8, 2, 128, 256, 3, False)
+    options = {"dtype": "bfloat16", "attention_backend": "flashinfer"}
+    work = work_of(random.Random(4), 24)
+    want = arriving(engine(folder, compression, **options), work, random.Random(5))
+    llm = side_by_side(folder, compression, **options)
+    got = arriving(llm, work, random.Random(5))
+    assert llm._runner.sides[llm._scheduler.policy.split] in {
+        stream for stream, _ in llm._runner.graphs._graphs
+    }
+    assert llm._jobs._side.small._graphs
+    pairs = [(a, b) for i in got for a, b in zip(got[i], want[i], strict=True)]
+    if compression is not None:
+        pairs = [(got[i][0], want[i][0]) for i in got]
+    assert sum(a == b for a, b in pairs) > 0.7 * len(pairs)
+    llm.close()
+
+
+def test_a_warm_up_measures_both_sides_of_each_split(folder, wanted):
+    partition = {**PARTITION, "bound": True}
+    options = {"partition": partition, "max_num_batched_tokens": 4096, "tpot_bound_s": 0.05}
+    llm = engine(folder, None, tuning="all", **options)
+    if not llm.decisions()["splits"]:
+        pytest.skip("this device grants no disjoint split")
+    work, alone = wanted
+    llm.explore(freely=True)
+    for _ in range(8):
+        outputs = llm.generate([prompt for prompt, _ in work], [greedy(count) for _, count in work])
+        assert [output.token_ids for output in outputs] == alone["None"]
+    report = llm.decisions()
+    assert (
+        set(report["costs"]["beside"]) == set(report["costs"]["aside_s_per_token"]) == set(report["splits"])
+    )
+    llm.close()

@@ -91,7 +91,7 @@ class Filling(Dynamic):
     """Mixed steps that are filled with whatever prompts are there."""
 
     def turns(self, load):
-        return tuple(turn._replace(split=turn.together) for turn in super().turns(load))
+        return tuple(turn._replace(cut=turn.together) for turn in super().turns(load))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m[0] if m else "full")

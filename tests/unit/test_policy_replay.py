@@ -8,11 +8,11 @@ import math
 import random
 
 import pytest
-from device_model import Ask, Engine, h100, recorded, rows_of, tuner
+from device_model import Ask, Engine, h100, recorded, recorded_sides, rows_of, tuner
 
 from fastcache.bench.metrics import percentile
 from fastcache.bench.rounds import MEASURING_ROUNDS, MEASURING_SHARE, MEASURING_TOKENS
-from fastcache.engine.balance import GAIN, NO_GAIN, PROMPTS_FIRST
+from fastcache.engine.balance import BESIDE_GAINS, GAIN, NO_GAIN, PROMPTS_FIRST
 from fastcache.engine.observed import tells
 from fastcache.engine.policy import INLINE, PAYS, TOO_DEAR
 from fastcache.engine.tuner import TRIED
@@ -84,6 +84,26 @@ def test_a_mixed_load_gains_what_mixed_steps_are_worth_and_never_loses(overhead,
     fixed = speed(Engine(h100(mixed_s=overhead)), mixed_load(2))
     assert speed(tuned, mixed_load(2)) > gain * fixed
     assert (GAIN if gain > 1 else NO_GAIN) in reasons(tuned, "balance")
+
+
+@pytest.mark.parametrize("decode_sms", [(16,), (24,), (48,), (32, 48)])
+@pytest.mark.parametrize("overhead", [0.001, 0.008])
+def test_side_by_side_gains_where_the_recorded_splits_do_and_never_loses(decode_sms, overhead):
+    sides = recorded_sides(*decode_sms)
+    tuned = Engine(h100(mixed_s=overhead, sides=sides), tuned=tuner(64, splits=sides))
+    warm(tuned, mixed_load(1), None)
+    fixed = speed(Engine(h100(mixed_s=overhead)), mixed_load(2))
+    ratio = speed(tuned, mixed_load(2)) / fixed
+    assert ratio > (1.04 if 32 in decode_sms else 0.995)
+    assert (BESIDE_GAINS in reasons(tuned, "balance")) == (16 not in decode_sms)
+
+
+def test_a_closed_batch_is_not_split():
+    sides, asked = recorded_sides(32, 48), closed(64, 3072, 512)
+    tuned = Engine(h100(sides=sides), tuned=tuner(64, splits=sides))
+    warm(tuned, asked, 3)
+    assert speed(tuned, asked) > 0.995 * speed(Engine(h100()), asked)
+    assert not any(kind == "aside" for kind, _ in tuned.steps)
 
 
 @pytest.mark.parametrize("overhead", [0.0, 0.001, 0.002, 0.008])  # of a mixed step, which was never recorded
@@ -176,9 +196,10 @@ def latencies(engine: Engine, asked: list[Ask]) -> tuple[float, float, float]:
     return tuple(percentile(values, 99) for values in (ttft, tpot, gaps))
 
 
-def bounded(seed: int, tpot_s: float) -> Engine:
+def bounded(seed: int, tpot_s: float, sides=()) -> Engine:
     """After three seconds in which trying costs nothing, as in a serving cell."""
-    engine = Engine(h100(), 256, tuned=tuner(256, tpot_s=tpot_s))
+    sides = recorded_sides(*sides)
+    engine = Engine(h100(sides=sides), 256, tuned=tuner(256, tpot_s=tpot_s, splits=tuple(sides)))
     engine.tuner.freely = True
     engine.run(arrivals(33, 3, seed))
     engine.tuner.freely = False
@@ -186,13 +207,14 @@ def bounded(seed: int, tpot_s: float) -> Engine:
     return engine
 
 
+@pytest.mark.parametrize("sides", [(), (32, 48)], ids=["whole", "splits"])
 @pytest.mark.parametrize("seed", [1, 5, 7])
-def test_under_open_loop_load_the_bound_isolates_decoding_from_prefill(seed):
+def test_under_open_loop_load_the_bound_isolates_decoding_from_prefill(seed, sides):
     """33 requests per second are about 70 % of what this engine can do. Half of the fixed policy's TPOT is the goal on
     a device; this formula launches every mixed step kernel by kernel, which leaves a little more."""
     asked, tpot_s = arrivals(33, 12, seed), 0.015
     fixed = latencies(Engine(h100(), 256), asked)
-    tuned = bounded(seed + 1, tpot_s)
+    tuned = bounded(seed + 1, tpot_s, sides)
     ttft, tpot, gap = latencies(tuned, asked)
     assert tpot <= 0.55 * fixed[1] and ttft <= 1.2 * fixed[0]
     assert gap <= 1.02 * 2 * tpot_s

@@ -216,3 +216,16 @@ def test_a_cell_that_compressed_nothing_is_no_failure(rows):
     figure, _ = plot_kv_memory.draw(plotting.frame(rows))
     said = [text.get_text() for text in figure.axes[0].texts]
     assert said.count("nothing was compressed") == 1 and "ok" not in said
+
+
+def test_the_table_says_how_often_prefill_and_decode_had_a_side_of_the_sms_each(rows):
+    triad = next(r for r in rows if r["variant"] == "triad" and r["decisions"])
+    kept = [
+        decision("balance", "side by side, 100+32", "saves most", 30),
+        decision("balance", "side by side, 84+48", "saves most", 4),
+        decision("balance", "prefill alone", "prompts first", 9),
+    ]
+    row = triad | {"decisions": decided(*kept), "steps": {"prefill": 43, "mixed": 0, "decode": 200}}
+    assert deciding._decided(row).endswith("34 prefills beside decode steps, mostly on 100+32 SMs")
+    plain = row | {"decisions": decided(kept[-1])}
+    assert deciding._decided(plain).endswith("prompts first")

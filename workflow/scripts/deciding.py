@@ -10,6 +10,9 @@ from typing import Any
 from findings import Row, count, describe, middle, times
 from naming import differing, requests, setting
 
+# How rows begin the name of a decision to run prefill on one side of an SM split, beside decode steps.
+SIDE_BY_SIDE = "side by side, "
+
 
 @dataclass(frozen=True)
 class Against:
@@ -134,5 +137,10 @@ def _decided(row: Row) -> str:
         place, _, sms = places.most_common(1)[0][0].partition(":")
         words.append(f"{place} on {sms} SMs" if sms else place)
     mixed = (row["steps"] or {}).get("mixed")
-    words.append(f"{mixed:,} of {sum(row['steps'].values()):,} steps mixed" if mixed else "prompts first")
-    return ", ".join(words)
+    beside = Counter({d["choice"]: d["count"] for d in kept if d["choice"].startswith(SIDE_BY_SIDE)})
+    if mixed:
+        words.append(f"{mixed:,} of {sum(row['steps'].values()):,} steps mixed")
+    if beside:
+        split = beside.most_common(1)[0][0].removeprefix(SIDE_BY_SIDE)
+        words.append(f"{beside.total():,} prefills beside decode steps, mostly on {split} SMs")
+    return ", ".join(words if mixed or beside else [*words, "prompts first"])

@@ -7,7 +7,7 @@ import plotting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-KINDS = {"prefill": "o", "decode": "s", "mixed": "^"}
+KINDS = {"prefill": "o", "decode": "s", "mixed": "^", "aside": "D", "beside": "v"}
 
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

@@ -23,7 +23,7 @@ from fastcache.bench.serving.metrics import request_records, summarise
 from fastcache.bench.serving.row import ENGINE_FACTS, blank_rows
 from fastcache.bench.serving.workload import plan_arrivals
 from fastcache.bench.supervise import die_with_parent
-from fastcache.config import STATIC_POLICY, CompressionConfig, ratio_of_factor
+from fastcache.config import STATIC_POLICY, CompressionConfig, PartitionConfig, ratio_of_factor
 from fastcache.device.info import OtherLoad
 from fastcache.errors import UserError
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 CPU_WARMUP_SEQS = 2
 # Of other arrivals: what only load brings up is compiled, and an engine that decides measures its costs.
 UNTIMED_S = 3.0
+# Share of the SMs that triad may take for compression, as in config/triad.yaml.
+COMPRESS_RATIO = 0.125
 
 
 def measure(
@@ -76,7 +78,7 @@ def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None
             said = busy_host(known["device"], others.cores())
             row |= summarise(cell, recording, page_bytes)
             row["decisions"] = llm.decisions() if cell.variant == TRIAD else None
-            row |= {"status": "ok", "host_busy": bool(said), "notes": notes(row) + said}
+            row |= {"status": "ok", "host_busy": bool(said), "notes": notes(row, facts) + said}
             result["requests"][row["row_id"]] = request_records(recording)
             save(result)
     finally:
@@ -100,13 +102,21 @@ def engine_options(cell: ServingCell) -> dict[str, Any]:
         **common_options(cell),
         "max_num_seqs": cell.max_num_seqs,
         "compression": compression,
-        **({"tuning": "all", "tpot_bound_s": cell.slo_tpot_s} if cell.variant == TRIAD else {}),
+        **(triad_options(cell) if cell.variant == TRIAD else {}),
     }
 
 
-def notes(row: dict[str, Any]) -> list[str]:
-    """What a reader must know to read this row rightly."""
-    said = []
+def triad_options(cell: ServingCell) -> dict[str, Any]:
+    """It may take SMs for compression, or divide them between prefill and decode, and need not."""
+    bound = PartitionConfig(True, COMPRESS_RATIO, 1 - COMPRESS_RATIO, bound=True)
+    return {"tuning": "all", "tpot_bound_s": cell.slo_tpot_s, "partition": bound}
+
+
+def notes(row: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """What a reader must know to read this row rightly. facts: of `LLM.describe`."""
+    said, partition = [], facts.get("partition") or {}
+    if partition.get("greenctx_available") is False:
+        said.append(f"no SMs could be set apart: {partition['greenctx_reason']}")
     left = row["requests"] - row["finished"]
     if left:
         said.append(

@@ -28,6 +28,7 @@ from fastcache.engine.tuner import Tuner
 log = logging.getLogger("policy_overhead")
 BYTES_PER_TOKEN = 147_456  # Qwen3-8B, bfloat16
 PLACES, CHUNKS = ("inline", "beside:16", "beside:8", "after:16"), (256, 512, 1024, 2048, 4096)
+SPLITS = ("100+32", "84+48")
 
 
 def sequences(count: int, decoding: bool) -> list[Sequence]:
@@ -59,9 +60,12 @@ class Bench:
     prefill: Step
     mixed: Step
 
+    def on_a_side(self, step: Step) -> Step:
+        return dataclasses.replace(step, split=SPLITS[0], place="inline" if step.place else None)
+
 
 def prepare(running: int, waiting: int) -> Bench:
-    limits = Limits(running, 400_000 * BYTES_PER_TOKEN, BYTES_PER_TOKEN, PLACES, CHUNKS)
+    limits = Limits(running, 400_000 * BYTES_PER_TOKEN, BYTES_PER_TOKEN, PLACES, CHUNKS, SPLITS)
     tuner = Tuner(limits, 3e12)
     active, queued = sequences(running, True), sequences(waiting, False)
     decode = Step(tuple(Chunk(s, s.num_computed, s.kv_len, 1, sample=True) for s in active), decode=True)
@@ -77,6 +81,9 @@ def prepare(running: int, waiting: int) -> Bench:
             tuner.observe(dataclasses.replace(prefill, place=place), 0.5, 0.004, False)
         for step in mixed:
             tuner.observe(step, 0.03, 0.0, False)
+        for split in SPLITS:
+            tuner.observe(dataclasses.replace(decode, split=split), 0.014, 0.0, False)
+            tuner.observe(dataclasses.replace(prefill, split=split), 0.9, 0.0, False)
     return Bench(tuner, active, queued, decode, prefill, mixed[1])
 
 
@@ -104,7 +111,20 @@ def measure(running: int, waiting: int, repeats: int) -> dict[str, float]:
         tuner.taken(bench.mixed)
         tuner.observe(bench.mixed, 0.03, 0.0, False)
 
+    aside, beside = bench.on_a_side(bench.prefill), bench.on_a_side(bench.decode)
+
+    def aside_step():
+        tuner.turns(load())
+        tuner.taken(aside)
+        tuner.observe(aside, 0.9, 0.0, False)
+
+    def beside_step():
+        tuner.turns(load())
+        tuner.observe(beside, 0.014, 0.0, False)
+
     return {
+        "aside_step_us": microseconds(aside_step, repeats),
+        "beside_step_us": microseconds(beside_step, repeats),
         "mixed_step_us": microseconds(mixed_step, repeats),
         "queues_us": microseconds(load, repeats),
         "decode_step_us": microseconds(decode_step, repeats),

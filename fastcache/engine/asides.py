@@ -12,8 +12,6 @@ from fastcache.engine.stages import Turn
 
 # One computes, and the next is launched already: its side never waits for the host.
 MOST_UNDER_WAY = 2
-# Tokens of one: as many as fill the matrix units, and few enough that first tokens do not wait for each other.
-MOST_TOKENS = 4_096
 
 
 class Asides:

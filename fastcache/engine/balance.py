@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fastcache.engine import side_by_side
-from fastcache.engine.asides import MOST_TOKENS
 from fastcache.engine.policy import NOT_MEASURED, Costs, Limits
 
 # A mixed step must gain more than this share of the decode step it replaces: the time of equal steps varies.
@@ -118,7 +117,7 @@ def _beside(costs: Costs, mix: Mix, chosen: Balance) -> Balance:
     """On the split that gains more for the prompts there than what was `chosen` without one, if any does."""
     if not mix.blocked:
         return chosen
-    tokens = min(mix.prompt_tokens, MOST_TOKENS)
+    tokens = min(mix.prompt_tokens, side_by_side.MOST_TOKENS)
     gains = side_by_side.gains_s(costs, _share(mix), tokens)
     otherwise = tokens * _per_token(chosen.predicted, mix)[chosen.chunk] if chosen.together else 0.0
     split = side_by_side.most(gains, costs, tokens, otherwise)

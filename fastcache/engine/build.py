@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,14 +177,14 @@ def build(config: EngineConfig) -> Parts:
         deferred=deferred,
         states=states,
         small_steps=small,
+        sides={name: each.decode for name, each in splits.items()},
     )
     if tuner is not None and runner.compressor is not None:
         runner.compressor.timed = True
     side = None
     if splits:
-        runner.sides = {name: each.decode for name, each in splits.items()}
-        side = side_runner(runner, select_backend(config.attention_backend, pool, heads, device), small)
-        side.sides = {name: each.prefill for name, each in splits.items()}
+        own = select_backend(config.attention_backend, pool, heads, device)
+        side = side_runner(runner, own, small, {name: each.prefill for name, each in splits.items()})
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
     eos = model_config.eos_token_ids
@@ -205,20 +206,25 @@ def build(config: EngineConfig) -> Parts:
     )
 
 
-def side_runner(runner: Runner, backend: AttentionBackend, small_steps: bool) -> Runner:
+def side_runner(
+    runner: Runner,
+    backend: AttentionBackend,
+    small_steps: bool,
+    sides: Mapping[str, torch.cuda.Stream | None],
+) -> Runner:
     """Of prefills beside the decode steps of `runner`: the same model, pages and compressor, an attention backend and
     newest tokens of its own. It runs no decode step, and no step while `runner` runs a prefill."""
-    seats = len(runner.last_tokens) - 1
     return Runner(
         runner.model,
         runner.pool,
         backend,
         runner.builder,
-        seats,
+        len(runner.last_tokens) - 1,
         runner.compressor,
         use_graphs=runner.graphs is not None,
         pictures=runner.pictures,
         places={INLINE: None},
         states=runner.states,
         small_steps=small_steps,
+        sides=sides,
     )

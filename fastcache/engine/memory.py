@@ -12,8 +12,8 @@ from fastcache.attention.flashinfer import WORKSPACE_BYTES
 from fastcache.compression.base import budget
 from fastcache.compression.layer import WAITING_BYTES
 from fastcache.config import EngineConfig
-from fastcache.engine.asides import MOST_TOKENS as ASIDE_TOKENS
 from fastcache.engine.compressor import SMALL_STEP
+from fastcache.engine.side_by_side import MOST_TOKENS as ASIDE_TOKENS
 from fastcache.engine.step_graphs import buffer_bytes
 from fastcache.errors import OutOfPages
 from fastcache.kvcache.pool import KVShape

@@ -51,12 +51,13 @@ class Runner:
         deferred: DeferredCompressor | None = None,
         states: StateRatings | None = None,
         small_steps: bool = False,
+        sides: Mapping[str, torch.cuda.Stream | None] | None = None,
     ) -> None:
         self.model, self.pool, self.backend, self.builder = model, pool, backend, builder
         self.compressor, self.deferred, self.pictures, self.states = compressor, deferred, pictures, states
         self.device = pool.device
         self.places = places or {}  # streams by the names that a step's `place` may have
-        self.sides: Mapping[str, torch.cuda.Stream] = {}  # by split, where steps that name one run
+        self.sides = sides or {}  # streams by the names that a step's `split` may have
         self._home = self._stream = stream  # None: the device's default stream
         self._ready: torch.cuda.Event | None = None  # of the newest step
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)

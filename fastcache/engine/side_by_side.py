@@ -11,8 +11,9 @@ from fastcache.engine.policy import Costs, Limits
 
 # A split must gain more than this share of the prefill, for throughput: times of equal steps vary.
 SIDE_MARGIN = 0.02
-# Prompts of fewer tokens are over before a decode step beside them is, and tell nothing about others.
-LEAST_TOKENS = 512
+# Tokens of a prefill on its side: at most as many as fill the matrix units, so that first tokens do not wait for
+# each other; prompts of fewer are over before a decode step beside them is, and tell nothing about others.
+MOST_TOKENS, LEAST_TOKENS = 4_096, 512
 # Decode steps that are launched on their side and still run there when the prefill has ended: one for certain, the next
 # one half of the time.
 LATE_STEPS = 1.5

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastcache.core import Sequence, Step
 from fastcache.engine import side_by_side
-from fastcache.engine.asides import MOST_TOKENS
 from fastcache.engine.balance import Balance, Mix, balance, worth_trying
 from fastcache.engine.observed import TRIALS, Observed, tells
 from fastcache.engine.policy import (
@@ -132,7 +131,7 @@ class Tuner:
         """A stage policy (stages.StagePolicy): prompts first, alone or with decoding sequences riding along."""
         self._chosen = chosen = self._balance(load)
         if chosen.split is not None:
-            return Turn(PREFILL, max_tokens=MOST_TOKENS, split=chosen.split), *LATER
+            return Turn(PREFILL, max_tokens=side_by_side.MOST_TOKENS, split=chosen.split), *LATER
         prompts = None if chosen.chunk is None else max(chosen.chunk - load.decode.pending, 1)
         self._ahead = load.prefill_tokens if prompts is None else min(prompts, load.prefill_tokens)
         together = chosen.together

@@ -81,8 +81,8 @@ def with_a_side(folder, method, rng=None, tokens=4096, **options) -> LLM:
     """An engine as a device with a split has it. rng: how late prefills end; None: before the next step."""
     llm = engine(folder, method, policy="dynamic", **options)
     runner = llm._runner
-    side = side_runner(runner, TorchSDPA(runner.pool, runner.backend.heads), False)
-    runner.sides = side.sides = {SPLIT: None}
+    runner.sides = {SPLIT: None}
+    side = side_runner(runner, TorchSDPA(runner.pool, runner.backend.heads), False, {SPLIT: None})
     llm._scheduler.policy = SideBySide(mixed_tokens=tokens)
     llm._jobs._side = side
     if rng is not None:

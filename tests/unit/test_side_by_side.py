@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fastcache.config import SamplingParams
 from fastcache.core import Chunk, Request, Sequence, Step
-from fastcache.engine.asides import MOST_TOKENS
 from fastcache.engine.balance import (
     BESIDE_GAINS,
     BESIDE_WITHIN,
@@ -22,7 +21,14 @@ from fastcache.engine.balance import (
     balance,
 )
 from fastcache.engine.policy import Costs, Limits
-from fastcache.engine.side_by_side import LATE_STEPS, LEAST_TOKENS, SIDE_MARGIN, gains_s, worth_trying
+from fastcache.engine.side_by_side import (
+    LATE_STEPS,
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    SIDE_MARGIN,
+    gains_s,
+    worth_trying,
+)
 from fastcache.engine.stages import DECODE, PREFILL, Load, Queue
 from fastcache.engine.tuner import MOST_TRIALS, TRIED, Tuner
 

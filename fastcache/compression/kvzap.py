@@ -141,7 +141,7 @@ def check_shapes(path: str, tensors: Mapping[str, Tensor], fit: StateFit) -> lis
     linear = "layers.0.weight" in tensors
     names = ["weight", "bias"] if linear else ["0.weight", "0.bias", "2.weight", "2.bias"]
     first = tensors.get("layers.0.0.bias")
-    width = fit.hidden_size if linear or first is None else len(first)
+    width = fit.hidden_size if linear or first is None else first.numel()
     shapes = [(fit.kv_heads, width), (fit.kv_heads,)]
     if not linear:
         shapes = [(width, fit.hidden_size), (width,), *shapes]

@@ -8,7 +8,6 @@ the tensors under `model_state_dict` and `compressor`, and holds `attention.*` t
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,15 +101,18 @@ def dummy_checkpoint(num_layers: int, head_dim: int, factor: int, images: bool) 
 def _pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # bytes that are no pickle can raise anything
+        # Without torch's own words: they advise to open the file in the way that runs code.
         raise CheckpointError(
-            f"{file} cannot be read as a torch checkpoint of plain tensors ({str(error).splitlines()[0]}). A file "
-            "that runs code when it is opened is refused; save its state dict as .safetensors."
-        ) from None
+            f"{file} cannot be read as a torch checkpoint of plain tensors ({type(error).__name__}): it is damaged, or "
+            "runs code when it is opened, which is refused. Copy it again, or save its state dict as .safetensors."
+        ) from error
     for key in ("model_state_dict", "compressor"):
         if isinstance(content, Mapping) and key in content:
             content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
+    ):
         raise CheckpointError(f"{file} holds no state dict of tensors, alone or under model_state_dict.")
     return dict(content), {}
 
@@ -119,7 +121,7 @@ def check_shapes(checkpoint: MergeCheckpoint, num_layers: int, head_dim: int, fa
     """Errors: `CheckpointError` naming the first tensor that is missing or has another shape."""
     for kind in sorted({"tk", "tv", *checkpoint.kinds}):
         for layer in range(num_layers):
-            width = _tensor(checkpoint, kind, layer, 0, "bias", num_layers).shape[0]
+            width = _tensor(checkpoint, kind, layer, 0, "bias", num_layers).numel()
             sizes = {0: (width, factor * head_dim), 3: (width, width), 6: (head_dim, width)}
             for linear, size in sizes.items():
                 for part, shape in (("weight", size), ("bias", size[:1])):

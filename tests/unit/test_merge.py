@@ -158,10 +158,25 @@ def test_there_are_no_random_weights(tmp_path):
     torch.save({"model_state_dict": {"head.weight": torch.zeros(2)}}, strange)
     with pytest.raises(CheckpointError, match="holds 'head"):
         read_checkpoint(str(strange))
+    torch.save({0: torch.zeros(2)}, strange)
+    with pytest.raises(CheckpointError, match="no state dict"):
+        read_checkpoint(str(strange))
     state = dict(networks(("tk", "tv")).state_dict())
     del state[tensor_name("tv", 1, 3, "weight")]
     with pytest.raises(CheckpointError, match=r"no compress_tv\.1\.3\.weight"):
         MLP(checkpoint=saved(tmp_path, state)).bind(fit())
+    state[tensor_name("tk", 0, 0, "bias")] = torch.tensor(1.0)
+    with pytest.raises(CheckpointError, match=r"compress_tk\.0\.0\.weight has shape"):
+        MLP(checkpoint=saved(tmp_path, state)).bind(fit())
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle at all", b"e7", b"\x80\x02h\x00"])
+def test_a_damaged_pth_is_an_error_that_advises_nothing_dangerous(tmp_path, content):
+    file = tmp_path / "damaged.pth"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged") as caught:
+        read_checkpoint(str(file))
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_file_that_runs_code_is_refused(tmp_path):

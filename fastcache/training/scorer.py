@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
 import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcache.config import StrictConfig, positive_int, require
-from fastcache.errors import CheckpointError
 from fastcache.training.pairs import PairFile, Teacher
 from fastcache.training.text import Corpus, random_windows
-
-log = logging.getLogger(__name__)
-
-SAVE_EVERY_S = 60
+from fastcache.training.training import Training
 
 
 @dataclass(frozen=True)
@@ -81,8 +73,8 @@ class ScorerConfig(StrictConfig):
         return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
-class ScorerTrainer:
-    """State of a run: pairs, networks, optimiser. It lives in files beside `output` between starts.
+class ScorerTrainer(Training):
+    """Pairs, then networks. They live in files beside `output` between starts.
 
     Inputs and targets are in units of their own mean and spread, which `export` folds into plain weights.
     """
@@ -90,74 +82,30 @@ class ScorerTrainer:
     def __init__(
         self, teacher: Teacher, corpora: Sequence[Corpus], config: ScorerConfig, output: Path, model_id: str
     ) -> None:
-        self.teacher, self.corpora, self.config = teacher, corpora, config
-        text = [corpus.sha256 for corpus in corpora]
-        # What a saved state must agree on to be continued.
-        self.identity = json.dumps(
-            {"config": config.to_dict(), "text": text, "model": model_id}, sort_keys=True
-        )
-        self.state_file = output.with_suffix(".state")
-        self.device = teacher.model.cos_sin.device
+        self.teacher, self.corpora = teacher, corpora
         shape = teacher.model.config
-        self.sizes = (shape.num_layers, shape.hidden_size, shape.num_kv_heads)
-        self.collected, self.step, self.losses, self._sum = 0, 0, [], 0.0
-        self._order: Tensor | None = None  # of this epoch's pairs
-        self.parameters = self._first_weights()
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        sizes = (shape.num_layers, shape.hidden_size, shape.num_kv_heads)
+        parameters = first_weights(sizes, config, teacher.model.cos_sin.device)
+        optimiser = torch.optim.AdamW(
+            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        if self.state_file.is_file():
-            self._resume()
-        layers, hidden_size, kv_heads = self.sizes
-        self.pairs = PairFile(output, layers, config.pairs, hidden_size, kv_heads)
+        identity = {"text": [corpus.sha256 for corpus in corpora], "model": model_id}
+        super().__init__(config, identity, parameters, optimiser, output.with_suffix(".state"))
+        self.collected, self._sum = 0, 0.0
+        self._order: Tensor | None = None  # of this epoch's pairs
         self.constants: dict[str, Tensor] = {}
+        self._resume()
+        layers, hidden_size, kv_heads = sizes
+        self.pairs = PairFile(output, layers, config.pairs, hidden_size, kv_heads)
 
-    def _first_weights(self) -> dict[str, Tensor]:
-        layers, inputs, outputs = self.sizes
-        width = self.config.hidden
-        generator = torch.Generator().manual_seed(self._seed("networks"))
-        shapes = {
-            "0.weight": (width, inputs),
-            "0.bias": (width,),
-            "2.weight": (outputs, width),
-            "2.bias": (outputs,),
-        }
-        found = {}
-        for name, shape in shapes.items():
-            scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.0
-            drawn = scale * torch.randn(layers, *shape, generator=generator)
-            found[name] = drawn.to(self.device).requires_grad_()
-        return found
-
-    def _seed(self, what: str) -> int:
-        return random.Random(f"{self.config.seed}/{what}").getrandbits(48)
-
-    def run(self, stop_after_s: float | None = None) -> bool:
-        """Collect and fit; False if `stop_after_s` came first (the state is saved and can go on)."""
-        started = saved = time.perf_counter()
-        work = [(self.config.windows, self._collect_one), (self.config.steps, self._one_step)]
-        for phase, (total, one) in enumerate(work):
-            if phase:
-                self._prepare()
-            while (done := (self.collected, self.step)[phase]) < total:
-                one()
-                now = time.perf_counter()
-                stop = (
-                    stop_after_s is not None
-                    and now - started > stop_after_s
-                    and self.step < self.config.steps
-                )
-                if stop or now - saved > SAVE_EVERY_S:
-                    self.save()
-                    log.info("%s %d of %d", ("window", "step")[phase], done + 1, total)
-                    saved = now
-                if stop:
-                    return False
-        return True
+    def _work(self) -> Iterator[tuple[str, Callable[[], tuple[int, int]], Callable[[], None]]]:
+        yield "window", lambda: (self.collected, self.config.windows), self._collect_one
+        self._prepare()
+        yield from super()._work()
 
     def _collect_one(self) -> None:
         config, place = self.config, self.collected
-        draw = torch.Generator().manual_seed(self._seed(f"window {place}"))
+        draw = torch.Generator().manual_seed(seeded(config, f"window {place}"))
         spread = config.context - config.min_context + 1
         length = config.min_context + int(torch.randint(spread, (1,), generator=draw))
         (ids,) = random_windows(self.corpora, length, 1, f"{config.seed}/text {place}")
@@ -188,12 +136,11 @@ class ScorerTrainer:
         first_bias = first_bias - (first @ mean[..., None])[..., 0]
         return first, first_bias, last * target_spread[..., None], last_bias * target_spread + target_mean
 
-    def _one_step(self) -> None:
+    def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        per_epoch = config.pairs // config.batch_size
-        epoch, within = divmod(self.step, per_epoch)
+        epoch, within = divmod(self.step, config.pairs // config.batch_size)
         if within == 0 or self._order is None:
-            generator = torch.Generator().manual_seed(self._seed(f"epoch {epoch}"))
+            generator = torch.Generator().manual_seed(seeded(config, f"epoch {epoch}"))
             self._order = torch.randperm(config.pairs, generator=generator)
         rows = self._order[within * config.batch_size :][: config.batch_size].to(self._data[0].device)
         hidden, scores = (data[:, rows].to(self.device).float() for data in self._data)
@@ -201,18 +148,18 @@ class ScorerTrainer:
         inner = F.gelu(torch.baddbmm(first_bias[:, None], hidden, first.mT))
         error = torch.baddbmm(last_bias[:, None], inner, last.mT) - scores
         loss = (error / self.constants["target.spread"][:, None]).square().mean()
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.rate(self.step)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimiser.step()
-        self._sum = self._sum + loss.detach()
-        self.step += 1
+        return loss, {"loss": loss.detach()}
+
+    def _note(self, parts: dict[str, Tensor]) -> None:
+        """losses: mean of each epoch, in squared spreads."""
+        self._sum = self._sum + parts["loss"]
+        per_epoch = self.config.pairs // self.config.batch_size
         if self.step % per_epoch == 0:
             self.losses.append(round(float(self._sum) / per_epoch, 5))
             self._sum = 0.0
-            log.info("epoch %d of %d  loss %.4f", epoch + 1, config.epochs, self.losses[-1])
+
+    def _latest(self) -> str:
+        return f"loss {self.losses[-1]:.4f}" if self.losses else ""
 
     @torch.no_grad()
     def export(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -228,43 +175,37 @@ class ScorerTrainer:
             for layer, each in enumerate(stacked)
         }
 
-    def save(self) -> None:
-        """Write the state in one piece."""
-        state = {
-            "identity": self.identity,
-            "collected": self.collected,
-            "step": self.step,
-            "losses": self.losses,
-            "sum": float(self._sum),
-            "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "optimiser": self.optimiser.state_dict(),
-        }
-        self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.state_file.with_name(self.state_file.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.state_file)
+    def _more(self) -> dict[str, Any]:
+        return {"collected": self.collected, "sum": float(self._sum)}
 
-    def _resume(self) -> None:
-        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        if state["identity"] != self.identity:
-            raise CheckpointError(
-                f"{self.state_file} is the state of a run with other settings, text or model. Delete it to start anew, "
-                "or give this run another output."
-            )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.collected, self.step, self.losses = state["collected"], state["step"], state["losses"]
-        self._sum = state["sum"]
-        log.info("continuing at window %d, step %d from %s", self.collected, self.step, self.state_file)
+    def _take(self, more: Mapping[str, Any]) -> None:
+        self.collected, self._sum = more["collected"], more["sum"]
 
     def record(self) -> dict[str, Any]:
-        """How the networks came to be, for the file that holds them. losses: mean of each epoch, in squared spreads."""
-        return {
-            "config": self.config.to_dict(),
-            "losses": self.losses,
-            "text": {corpus.name: corpus.sha256 for corpus in self.corpora},
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-        }
+        text = {corpus.name: corpus.sha256 for corpus in self.corpora}
+        return super().record() | {"losses": self.losses, "text": text}
+
+
+def seeded(config: ScorerConfig, what: str) -> int:
+    return random.Random(f"{config.seed}/{what}").getrandbits(48)
+
+
+def first_weights(
+    sizes: tuple[int, int, int], config: ScorerConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """sizes: layers, inputs, outputs. By the checkpoint's names, all layers stacked."""
+    layers, inputs, outputs = sizes
+    width = config.hidden
+    generator = torch.Generator().manual_seed(seeded(config, "networks"))
+    shapes = {
+        "0.weight": (width, inputs),
+        "0.bias": (width,),
+        "2.weight": (outputs, width),
+        "2.bias": (outputs,),
+    }
+    found = {}
+    for name, shape in shapes.items():
+        scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.0
+        drawn = scale * torch.randn(layers, *shape, generator=generator)
+        found[name] = drawn.to(device).requires_grad_()
+    return found

@@ -1,29 +1,24 @@
-"""The training loop of the shapes model: from random weights, deterministic from its seed, resumable."""
+"""Training of the shapes model, from random weights."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcache.config import StrictConfig, positive_int, require
 from fastcache.engine.resolve import resolve_device
-from fastcache.errors import CheckpointError
 from fastcache.shapes.scene import GRID
 from fastcache.training.shapes_data import NAMES, SLOT, Batch, batch, normalise, packing
 from fastcache.training.shapes_judge import accuracy
 from fastcache.training.shapes_model import PAD_ID, ShapesModelConfig, build, encode, load, save
-
-log = logging.getLogger(__name__)
+from fastcache.training.training import Training
 
 NAMING_SCALE = 8.0  # of a patch's likeness to a word, before the softmax
 
@@ -74,63 +69,31 @@ class ShapesTrainConfig(StrictConfig):
         return self.learning_rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * cosine)
 
 
-class ShapesTrainer:
-    """State of a run: model, optimiser, step. `state_file` holds it between starts. `start`: the folder of an earlier
-    run whose weights are the first ones, in place of random ones. Errors: `CheckpointError`, `ModelFolderError`."""
+class ShapesTrainer(Training):
+    """Of the whole model. `start`: the folder of an earlier run whose weights are the first ones, in place of random
+    ones. Errors: `CheckpointError`, `ModelFolderError`."""
 
     def __init__(
         self, config: ShapesTrainConfig, state_file: Path | None, device: str, start: Path | None = None
     ) -> None:
-        self.config, self.state_file = config, state_file
-        self.device = resolve_device(device)
         self.model = build(config.model, config.seed)
         self.start = load(self.model, start) if start is not None else None
-        self.identity = json.dumps({"config": config.to_dict(), "start": self.start}, sort_keys=True)
-        self.model.to(self.device)
+        self.model.to(resolve_device(device)).train()
+        parameters = dict(self.model.named_parameters())
+        optimiser = torch.optim.AdamW(
+            parameters.values(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+        )
+        super().__init__(config, {"start": self.start}, parameters, optimiser, state_file)
         self.names = torch.tensor([token for part in NAMES for token in part], device=self.device)
         (self.picture_id,) = encode("picture")
-        self.parameters = list(self.model.parameters())
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-        )
-        self.step, self.losses = 0, []
-        if state_file is not None and state_file.is_file():
-            self._resume(state_file)
+        self._resume()
 
-    def run(self, save_every: int = 100, stop_after_s: float | None = None) -> bool:
-        """Train to the last step; False if `stop_after_s` came first (the state is saved and can go on)."""
-        started, first = time.perf_counter(), self.step
-        self.model.train()
-        while self.step < self.config.steps:
-            self._one_step()
-            elapsed = time.perf_counter() - started
-            if self.step % 20 == 0 or self.step == self.config.steps:
-                left = elapsed / (self.step - first) * (self.config.steps - self.step)
-                parts = "  ".join(f"{name} {value:.4f}" for name, value in self.losses[-1].items())
-                log.info("step %d of %d  %s  %.0f s left", self.step, self.config.steps, parts, left)
-            stop = stop_after_s is not None and elapsed > stop_after_s and self.step < self.config.steps
-            if stop or self.step % save_every == 0:
-                self.save()
-            if stop:
-                return False
-        return True
-
-    def _one_step(self) -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.rate(self.step)
+    def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(self.device.type, torch.bfloat16):
             losses = self._losses()
         weight = self.config.align_weight if "answers" in losses else 1.0
         loss = sum(value if name == "answers" else weight * value for name, value in losses.items())
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
-        self.step += 1
-        if self.step % 20 == 0 or self.step in (1, self.config.steps):  # reading a loss waits for the device
-            self.losses.append(
-                {"step": self.step} | {k: round(float(v.detach()), 5) for k, v in losses.items()}
-            )
+        return loss, {name: value.detach() for name, value in losses.items()}
 
     def _losses(self) -> dict[str, Tensor]:
         """Of this step's stage."""
@@ -229,43 +192,8 @@ class ShapesTrainer:
         """Write the model, judge what was written, and write how it came to be; returns that record."""
         folder.mkdir(parents=True, exist_ok=True)
         save(self.model, folder)
-        record = {
-            "config": self.config.to_dict(),
-            "start": self.start,
-            "losses": self.losses[:: max(1, len(self.losses) // 25)] + self.losses[-1:],
-            "heldout_accuracy": accuracy(self),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-        }
+        record = self.record() | {"start": self.start, "heldout_accuracy": accuracy(self)}
         (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if self.state_file is not None:
             self.state_file.unlink(missing_ok=True)
         return record
-
-    def save(self) -> None:
-        """Write the state in one piece."""
-        if self.state_file is None:
-            return
-        state = {
-            "identity": self.identity,
-            "step": self.step,
-            "losses": self.losses,
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.state_file.with_name(self.state_file.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.state_file)
-
-    def _resume(self, file: Path) -> None:
-        state = torch.load(file, map_location=self.device, weights_only=True)
-        if state["identity"] != self.identity:
-            raise CheckpointError(
-                f"{file} is the state of a run with other settings. Delete it to start anew, or give this run another "
-                "output."
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.losses = state["step"], state["losses"]
-        log.info("continuing at step %d from %s", self.step, file)

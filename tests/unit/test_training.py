@@ -93,8 +93,9 @@ def test_every_parameter_moves_and_the_loss_falls(frozen):
     before = {name: p.detach().clone() for name, p in trainer.networks.parameters.items()}
     weights = {name: p.clone() for name, p in frozen.model.named_parameters()}
     assert trainer.run()
-    still = [name for name, p in trainer.networks.parameters.items() if torch.equal(p, before[name])]
-    assert not still
+    for name, stacked in trainer.networks.parameters.items():
+        for layer, parameter in enumerate(stacked):
+            assert not torch.equal(parameter, before[name][layer]), f"{name} stands still in layer {layer}"
     assert all(torch.equal(p, weights[name]) for name, p in frozen.model.named_parameters())
     last, _ = distillation_loss(frozen, trainer.networks, unseen, 32, 1.0)
     assert last.item() < 0.95 * first.item()

@@ -40,9 +40,10 @@ except UserError as error:
 
 # Engines under open-loop load, by id.
 SERVING = {cell.id: cell for cell in expand_serving(config)}
-# What measures an engine; as FASTCACHE_CELL_COMMAND for matrix cells.
+# What measures an engine, or trains; as FASTCACHE_CELL_COMMAND for matrix cells.
 QUALITY_COMMAND = os.environ.get("FASTCACHE_QUALITY_COMMAND", "fastcache quality")
 SERVING_COMMAND = os.environ.get("FASTCACHE_SERVING_COMMAND", "fastcache serving-cell")
+TRAIN_COMMAND = os.environ.get("FASTCACHE_TRAIN_COMMAND", "python -m fastcache.cli")
 SERVING_FIGURES = expand(
     "{{results}}/figures/serving_{figure}.{kind}",
     figure=["latency", "spread", "throughput", "memory", "stages", "pages"],

@@ -50,12 +50,13 @@ rule train_compressor:
     resources:
         gpu=1,
     params:
+        command=TRAIN_COMMAND,
         model=subpath(input.weights, parent=True),
         settings="--steps 4000 --recent 32 --context 1024",
     message:
-        "Training networks that merge {wildcards.factor} KV entries into one"
+        "Training networks that merge {wildcards.factor} KV entries into one; progress is in {log}"
     shell:
-        "python -m fastcache.cli train-compressor --model {params.model} --text {input.train}"
+        "{params.command} train-compressor --model {params.model} --text {input.train}"
         " --heldout {input.heldout} --factor {wildcards.factor} {params.settings} --output {output} > {log} 2>&1"
 
 
@@ -75,17 +76,48 @@ rule train_scorer:
     resources:
         gpu=1,
     params:
+        command=TRAIN_COMMAND,
         model=subpath(input.weights, parent=True),
         settings="--windows 800 --weight-decay 1",
     message:
-        "Training networks that tell KVzip's scores from hidden states"
+        "Training networks that tell KVzip's scores from hidden states; progress is in {log}"
     shell:
-        "python -m fastcache.cli train-scorer --model {params.model} --text {input.train}"
+        "{params.command} train-scorer --model {params.model} --text {input.train}"
         " --heldout {input.heldout} {params.settings} --output {output} > {log} 2>&1"
 
 
-# The small multimodal model of coloured shapes, from scratch: results/published/shapes-model/ holds one that was trained so.
-rule train_shapes:
+# The small multimodal model of coloured shapes, from scratch and then some: results/published/shapes-model/ holds one that
+# was trained so. In two rules, so that a run that was cut in the second part does not do the first again.
+rule train_shapes_base:
+    output:
+        multiext(
+            "results/shapes/base/",
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "training.json",
+        ),
+    log:
+        "results/logs/train_shapes/base.log",
+    benchmark:
+        "results/benchmarks/train_shapes/base.tsv"
+    conda:
+        "../../envs/dev.yaml"
+    resources:
+        gpu=1,
+    params:
+        command=TRAIN_COMMAND,
+        folder=subpath(output[0], parent=True),
+        settings="",
+    message:
+        "Training the small multimodal model of coloured shapes: {params.folder}; progress is in {log}"
+    shell:
+        "{params.command} train-shapes {params.settings} --output {params.folder} > {log} 2>&1"
+
+
+use rule train_shapes_base as train_shapes with:
+    input:
+        rules.train_shapes_base.output,
     output:
         multiext(
             "results/shapes/model/",
@@ -95,23 +127,16 @@ rule train_shapes:
             "training.json",
         ),
     log:
-        "results/logs/train_shapes.log",
+        "results/logs/train_shapes/model.log",
     benchmark:
-        "results/benchmarks/train_shapes.tsv"
-    conda:
-        "../../envs/dev.yaml"
-    resources:
-        gpu=1,
+        "results/benchmarks/train_shapes/model.tsv"
     params:
+        command=TRAIN_COMMAND,
         folder=subpath(output[0], parent=True),
-        base="results/shapes/base",
-        more="--steps 1300 --align-steps 0 --coarse-steps 0 --learning-rate 1e-3 --seed 1",
-    message:
-        "Training the small multimodal model of coloured shapes"
-    shell:
-        "(python -m fastcache.cli train-shapes --output {params.base}"
-        " && python -m fastcache.cli train-shapes --start {params.base} {params.more}"
-        " --output {params.folder}) > {log} 2>&1"
+        settings=lambda wildcards, input: (
+            f"--start {os.path.dirname(input[0])} --steps 1300 --align-steps 0 --coarse-steps 0"
+            " --learning-rate 1e-3 --seed 1"
+        ),
 
 
 rule train_shapes_compressor:
@@ -130,10 +155,11 @@ rule train_shapes_compressor:
     resources:
         gpu=1,
     params:
+        command=TRAIN_COMMAND,
         model=subpath(input[0], parent=True),
         settings="--steps 400 --n-sink 1 --hidden 64 --batch-size 8 --learning-rate 3e-3",
     message:
-        "Training networks that merge {wildcards.factor} KV entries of pictures into one"
+        "Training networks that merge {wildcards.factor} KV entries of pictures into one; progress is in {log}"
     shell:
-        "python -m fastcache.cli train-compressor --model {params.model} --shapes"
+        "{params.command} train-compressor --model {params.model} --shapes"
         " --factor {wildcards.factor} {params.settings} --output {output} > {log} 2>&1"

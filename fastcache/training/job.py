@@ -90,12 +90,14 @@ class Job:
         finish_within_s: as many steps as fit, at most those of the configuration (see `Trainer.run`).
         """
         torch.backends.cuda.matmul.allow_tf32 = True
+        model_id = f"{self.weights.sha256} {self.dtype}"
         with sdpa_kernel(ATTENTION):
             if self.corpora:
-                trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file)
+                trainer = Trainer(self.frozen, self.corpora, self.config, self.state_file, model_id)
             else:
+                pictures = pictures_of(self.model_path)
                 trainer = ShapesCompressorTrainer(
-                    self.frozen, self.config, self.state_file, pictures_of(self.model_path)
+                    self.frozen, self.config, self.state_file, pictures, model_id
                 )
             log.info("%d parameters", sum(p.numel() for p in trainer.networks.parameters.values()))
             if not trainer.run(stop_after_s=stop_after_s, finish_within_s=finish_within_s):

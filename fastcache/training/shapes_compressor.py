@@ -35,12 +35,17 @@ class ShapesCompressorTrainer(Trainer):
     kinds: ClassVar[tuple[str, ...]] = TEXT + IMAGES
 
     def __init__(
-        self, frozen: FrozenModel, config: TrainConfig, state_file: Path | None, pictures: int
+        self,
+        frozen: FrozenModel,
+        config: TrainConfig,
+        state_file: Path | None,
+        pictures: int,
+        model_id: str = "",
     ) -> None:
         check_model(frozen)
         self.pictures = pictures
         self.side = round(frozen.model.config.vision.tokens_per_image**0.5)
-        super().__init__(frozen, [], config, state_file)
+        super().__init__(frozen, [], config, state_file, model_id)
 
     def _calibrate(self) -> None:
         caches, spans, _ = self._context("calibration", CALIBRATION_WINDOWS, self.pictures)

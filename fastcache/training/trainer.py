@@ -81,7 +81,12 @@ class Trainer(Training):
     kinds: ClassVar[tuple[str, ...]] = TEXT
 
     def __init__(
-        self, frozen: FrozenModel, corpora: Sequence[Corpus], config: TrainConfig, state_file: Path | None
+        self,
+        frozen: FrozenModel,
+        corpora: Sequence[Corpus],
+        config: TrainConfig,
+        state_file: Path | None,
+        model_id: str = "",
     ) -> None:
         self.frozen, self.corpora = frozen, corpora
         shape = frozen.model.config
@@ -96,8 +101,8 @@ class Trainer(Training):
         )
         parameters = self.networks.parameters
         optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
-        text = [corpus.sha256 for corpus in corpora]
-        super().__init__(config, {"text": text}, parameters, optimiser, state_file)
+        identity = {"text": [corpus.sha256 for corpus in corpora], "model": model_id}
+        super().__init__(config, identity, parameters, optimiser, state_file)
         if not self._resume():
             self._calibrate()
 

@@ -39,7 +39,9 @@ class Training:
         state_file: Path | None,
     ) -> None:
         self.config, self.parameters, self.optimiser = config, parameters, optimiser
-        self.identity = json.dumps({"config": config.to_dict(), **identity}, sort_keys=True)
+        self.identity = json.dumps(
+            {"trainer": type(self).__name__, "config": config.to_dict(), **identity}, sort_keys=True
+        )
         self.state_file = state_file
         self.device = next(iter(parameters.values())).device
         self.step, self.losses = 0, []

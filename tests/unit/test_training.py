@@ -111,8 +111,9 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(frozen, tmp_path):
     for name, tensor in whole.networks.export(torch.float32).items():
         assert torch.equal(tensor, resumed.networks.export(torch.float32)[name]), name
     other = TrainConfig(**(CONFIG.to_dict() | {"seed": 1}))
-    with pytest.raises(CheckpointError, match="other settings"):
-        Trainer(frozen, [corpus()], other, state)
+    for config, model in ((other, ""), (CONFIG, "another model")):
+        with pytest.raises(CheckpointError, match="other settings"):
+            Trainer(frozen, [corpus()], config, state, model)
 
 
 def test_a_run_within_a_time_does_the_steps_that_fit_and_ends_as_planned(frozen, tmp_path, monkeypatch):

@@ -75,3 +75,4 @@ def test_every_method_is_in_the_table_and_a_wrong_answer_is_marked():
     assert f"{percent(0.625)} ± {percent(0.05)}" in page and '<td class="n">-</td>' in page
     assert page.count("<img ") == 1 and 'src="data:image/png;base64,iVBORw0KGgo="' in page
     assert "questions about pictures answered" in page
+    assert "Perplexity" not in page and "text:" not in page  # of tasks that this run has not

@@ -4,7 +4,7 @@
 
 rule training_text:
     input:
-        "envs/text.txt",
+        str(BASE / "envs" / "text.txt"),
     output:
         train=multiext("resources/text/", "wikipedia.txt", "docstrings.txt"),
         heldout="resources/text/heldout.txt",

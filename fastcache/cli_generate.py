@@ -17,6 +17,8 @@ from fastcache.config import (
     SamplingParams,
     require,
 )
+from fastcache.errors import UnsupportedCombination
+from fastcache.models.config import load_model_config
 
 PLACEHOLDER = "<image>"
 
@@ -82,6 +84,8 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
     """What `LLM.generate` is given. Pictures go to the prompts in the order of their placeholders."""
     if not args.image:
         return args.prompts
+    if load_model_config(args.model, args.load_format).vision is None:
+        raise UnsupportedCombination(f"--image is given, and {args.model} reads text alone; leave it out.")
     if args.chat:
         require(len(args.prompts) == 1, "--chat with --image takes one prompt; give one at a time.")
         return args.prompts

@@ -90,9 +90,13 @@ def test_placeholders_and_images_must_match(llm):
     refused(llm, ConfigError, "list", [T], one)
 
 
-def test_a_model_that_reads_text_alone_takes_no_picture(tiny_model):
-    llm = LLM(tiny_model("llama", 4, 2, 16, 48, 2, False), device="cpu", page_size=4, num_pages=40)
+def test_a_model_that_reads_text_alone_takes_no_picture(tiny_model, capsys):
+    folder = tiny_model("llama", 4, 2, 16, 48, 2, False)
+    llm = LLM(folder, device="cpu", page_size=4, num_pages=40)
     refused(llm, UnsupportedCombination, "reads text alone", [1, 2], [picture(1)])
+    for more in (["hi"], ["--chat", "hi"]):
+        assert main(["generate", "--model", str(folder), "--image", "a.png", *more]) == 2
+        assert "reads text alone" in capsys.readouterr().err
 
 
 def test_paths_bytes_and_pil_are_the_same_picture(llm, tmp_path):

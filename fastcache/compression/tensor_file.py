@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastcache.errors import CheckpointError
@@ -34,9 +34,9 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Appears complete or not at all."""
+    """Appears complete or not at all, with the rights of any new file: `save_file` gives others none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     metadata = {METADATA: json.dumps(facts, sort_keys=True)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), metadata)
+    partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
     os.replace(partial, path)

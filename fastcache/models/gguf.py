@@ -57,13 +57,14 @@ def convert(source: Path, folder: Path) -> None:
     Errors: `ModelFolderError` for a file that is no GGUF or lacks a part, `UnsupportedArchitecture` for any
     architecture, rotary scaling or tokenizer other than those of plain llama with a byte-level BPE.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     reader = _open(source)
     fields = _Fields(reader, source)
     shape = read_shape(fields)
     weights = read_weights(reader, shape, source)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # Not `save_file`, whose files nobody else on a shared machine may read.
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     tied = "lm_head.weight" not in weights
     ids = {
         f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")

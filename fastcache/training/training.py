@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ LOG_EVERY = 20  # steps: reading a loss waits for the device
 SAY_EVERY_S, SAVE_EVERY_S = 10, 60
 
 
-class Training:
+class Training(ABC):
     """State of a run: parameters, optimiser, step. `state_file` holds it between starts; None keeps nothing.
 
     A subclass says what a step's loss is (`_loss`) and what else a state holds (`_more`, `_take`), and calls `_resume`
@@ -99,9 +100,9 @@ class Training:
         self.step += 1
         self._note(parts)
 
+    @abstractmethod
     def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Of this step, and its parts, detached."""
-        raise NotImplementedError
 
     def _note(self, parts: dict[str, Tensor]) -> None:
         if self.step % LOG_EVERY == 0 or self.step in (1, self.config.steps):
@@ -152,7 +153,8 @@ class Training:
         return {}
 
     def _take(self, more: Mapping[str, Any]) -> None:
-        """It again."""
+        """It again: of a trainer that keeps nothing else, nothing."""
+        assert not more
 
     def record(self) -> dict[str, Any]:
         """How the parameters came to be, for the file that holds them; of many losses some twenty."""

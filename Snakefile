@@ -60,7 +60,7 @@ rule all:
 # A run that was killed cannot clean up: the next one knows it by this (workflow/scripts/stale_lock.py).
 onstart:
     stale_lock.remember()
-    logger.info(f"Plan: {progress.announce(CELLS, BASE, GPUS)}.")
+    logger.info(f"Plan: {progress.announce(ESTIMATES, QUALITY, GPUS)}.")
 
 
 onsuccess:

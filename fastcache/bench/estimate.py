@@ -6,6 +6,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import heapq
 import math
 import shutil
 import statistics
@@ -125,18 +126,21 @@ def _at_once(cell: CellConfig, shape: Any, rate: Rates, per_token: int, kept: fl
 
 @dataclass(frozen=True)
 class Outlook:
-    """A run before or while it happens. `seconds` counts the estimated cells alone; None if there are none."""
+    """A run before or while it happens. `seconds` until its last cell ends, with `at_once` of them at a time; it counts
+    the estimated cells alone, None if there are none."""
 
     cells: int
     seconds: float | None
     unknown: int
+    at_once: int = 1
 
     def __str__(self) -> str:
         what = f"{self.cells} cell" + ("s" if self.cells != 1 else "")
         if self.seconds is None:
             return f"{what} to measure; no earlier row tells how long they take"
         rest = f", and {self.unknown} without an estimate" if self.unknown else ""
-        return f"{what} to measure, about {duration(self.seconds)}{rest}"
+        on = f" on {self.at_once} GPUs" if self.at_once > 1 else ""
+        return f"{what} to measure, about {duration(self.seconds)}{on}{rest}"
 
 
 def outlook(found: Mapping[str, Estimate | None], took: Mapping[str, float], at_once: int = 1) -> Outlook:
@@ -152,7 +156,16 @@ def outlook(found: Mapping[str, Estimate | None], took: Mapping[str, float], at_
     if unknown and took:
         known += [statistics.fmean(took.values())] * len(unknown)
         unknown = []
-    return Outlook(len(left), sum(known) / at_once if known or not left else None, len(unknown))
+    seconds = last_end(known, at_once) if known or not left else None
+    return Outlook(len(left), seconds, len(unknown), at_once)
+
+
+def last_end(seconds: Iterable[float], at_once: int) -> float:
+    """When the last of these ends, if the longest waiting one starts wherever one of `at_once` places is free."""
+    ends = [0.0] * at_once
+    for each in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,16 @@ import json
 import pytest
 from rows import row
 
-from fastcache.bench.estimate import AROUND_S, duration, estimates, from_json, outlook, to_json
+from fastcache.bench.estimate import (
+    AROUND_S,
+    Estimate,
+    duration,
+    estimates,
+    from_json,
+    last_end,
+    outlook,
+    to_json,
+)
 from fastcache.bench.matrix import expand
 from fastcache.bench.work import kv_entries_read, prefill_flops, step_bytes
 from fastcache.models.config import load_model_config
@@ -97,8 +106,16 @@ def test_what_is_left_is_corrected_by_what_was_done():
     first, *rest = found
     slow = {first: 3 * found[first].seconds}
     assert outlook(found, slow).seconds == pytest.approx(3 * sum(found[c].seconds for c in rest))
-    assert outlook(found, slow, at_once=4).seconds == pytest.approx(outlook(found, slow).seconds / 4)
+    assert outlook(found, slow, at_once=4).seconds == pytest.approx(3 * max(found[c].seconds for c in rest))
     assert from_json(json.loads(json.dumps(to_json(found)))) == found
+
+
+def test_the_time_on_several_gpus_is_that_of_the_one_that_ends_last():
+    seconds = [50.0, 60.0, 50.5]
+    assert [last_end(seconds, gpus) for gpus in (1, 2, 4)] == [160.5, 100.5, 60] and last_end([], 2) == 0
+    found = {str(s): Estimate(s, "") for s in seconds}
+    assert str(outlook(found, {})) == "3 cells to measure, about 3 min"
+    assert str(outlook(found, {}, at_once=2)) == "3 cells to measure, about 2 min on 2 GPUs"
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(42, "42 s"), (600, "10 min"), (9000, "2.5 h")])

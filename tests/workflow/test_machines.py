@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,11 +26,16 @@ def test_each_cell_has_a_gpu_of_its_own(workplace, succeed, monkeypatch):
     monkeypatch.setenv("FAKE_TOGETHER", "2")  # the first two end only if they run at once
     workplace.configure(batch_sizes=[1, 2], engine={"device": "cuda"})
     succeed(workplace.snakemake("--resources", "gpu=2", "--", "results/rows.jsonl"))
+    assert devices_used_one_cell_at_a_time(workplace) == ["fake-a", "fake-b"]
+
+
+def devices_used_one_cell_at_a_time(workplace) -> list[str]:
     used = [line.split() for line in (workplace.folder / "devices.txt").read_text().splitlines()]
     spans = sorted((name, float(start), float(end)) for name, start, end in used)
-    assert {name for name, *_ in spans} == {"fake-a", "fake-b"} and len(spans) == 4
+    assert len(spans) == len(workplace.rows())
     for (name, _, end), (other, start, _) in itertools.pairwise(spans):
         assert name != other or end <= start
+    return sorted({name for name, *_ in spans})
 
 
 def test_cells_of_a_run_share_a_process_for_each_gpu_where_the_config_says_so(
@@ -44,27 +50,92 @@ def test_cells_of_a_run_share_a_process_for_each_gpu_where_the_config_says_so(
         *(line.split() for line in (workplace.folder / "processes.txt").read_text().splitlines()), strict=True
     )
     assert len(set(pids)) == 2 and before.count("0") == 2 and len(pids) == 6
+    assert devices_used_one_cell_at_a_time(workplace) == ["fake-a", "fake-b"]
     assert sorted(row["process_cells_before"] for row in workplace.rows().values()) == sorted(
         map(int, before)
     )
     for log in (workplace.folder / "results/logs/cells").iterdir():
         said = log.read_text()
         assert said.count("said by") == 1 and f"said by {log.stem}\n" in said
-    wait_for_end(pids)  # long before ten minutes: their run is over
+    wait_until(lambda: not any(runs(pid) for pid in pids))  # long before ten minutes: their run is over
     assert len(workplace.measured()) == 6
     workplace.configure(batch_sizes=[1, 2, 3], engine={"device": "cuda"})
     succeed(workplace.snakemake("--", "results/rows.jsonl"))
     assert not workplace.measured()  # another time to keep is no reason to measure again
 
 
-def wait_for_end(pids):
+def runs(pid: str) -> bool:
+    return Path("/proc", pid).exists() and "State:\tZ" not in Path("/proc", pid, "status").read_text()
+
+
+def wait_until(happened) -> None:
     end = time.monotonic() + 60
-    while any(
-        Path("/proc", pid).exists() and "State:\tZ" not in Path("/proc", pid, "status").read_text()
-        for pid in pids
-    ):
+    while not happened():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_long_cells_come_first(workplace, succeed, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a")
+    workplace.configure(variants=["baseline"], batch_sizes=[2, 8, 1, 4], engine={"device": "cuda"})
+    succeed(workplace.snakemake("--", "results/rows.jsonl"))
+    started = (workplace.folder / "measured.txt").read_text().split()
+    assert [re.search(r"-b(\d)-", cell)[1] for cell in started] == ["8", "4", "2", "1"]
+
+
+def test_quality_cells_run_at_once_on_several_gpus(workplace, succeed, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a,fake-b")
+    program = workplace.folder / "quality.py"
+    program.write_text(
+        "import sys, time; from pathlib import Path\n"
+        "note, end = Path('measured.txt'), time.monotonic() + 20\n"
+        "note.open('a').write('quality\\n')\n"
+        "while len(note.read_text().split()) < 2:\n"
+        "    sys.exit(1) if time.monotonic() > end else time.sleep(0.05)\n"
+    )
+    monkeypatch.setenv("FASTCACHE_QUALITY_COMMAND", f"{sys.executable} {program}")
+    (workplace.folder / "model").mkdir()
+    (workplace.folder / "model/config.json").write_text("{}")
+    quality = {"methods": ["knorm"], "ratios": [0.5], "tasks": [{"name": "needles4"}]}
+    workplace.configure(models={"smollm2": {"path": "model"}}, engine={"device": "cuda"}, quality=quality)
+    succeed(workplace.snakemake("--resources", "gpu=2", "--", "quality"))
+    rows = [json.loads(path.read_text()) for path in (workplace.folder / "results/quality").iterdir()]
+    assert len(rows) == 5
+    for row in rows:  # a program that leaves no row; 1 would be one that waited in vain
+        assert "ended with code 0" in row["error"]["message"]
+
+
+def test_a_run_that_is_told_to_end_finishes_its_cells_and_goes_on_from_there(workplace, succeed, monkeypatch):
+    """As `timeout --foreground` does where a machine is lent for minutes."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-a,fake-b")
+    workplace.configure(batch_sizes=[1, 2, 3], engine={"device": "cuda"}, machine={"keep_process_s": 600})
+    note = workplace.folder / "measured.txt"
+    note.touch()
+    arguments = ("--resources", "gpu=2", "--", "results/rows.jsonl")
+    run = subprocess.Popen(
+        workplace.command(*arguments),
+        cwd=workplace.folder,
+        env=workplace.environment({}) | {"FAKE_TOGETHER": "3"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: len(note.read_text().split()) == 2)
+        run.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert run.poll() is None
+        with note.open("a") as file:
+            file.write("end\n")
+        assert run.wait(60) != 0
+    finally:
+        run.kill()
+        run.wait()
+    first = set(workplace.measured()) - {"end"}
+    assert {path.stem for path in (workplace.folder / "results/cells").iterdir()} == first and len(first) == 2
+    assert "its lock is removed" not in succeed(workplace.snakemake(*arguments))
+    rows = workplace.rows()
+    assert len(rows) == 6 and set(workplace.measured()) == set(rows) - first
+    assert all(row["status"] == "ok" for row in rows.values())
 
 
 def test_a_cell_that_names_its_device_keeps_it(workplace, succeed, monkeypatch):

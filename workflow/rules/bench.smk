@@ -20,6 +20,7 @@ rule measure_cell:
         "results/benchmarks/cells/{cell}.tsv"
     wildcard_constraints:
         cell="|".join(CELLS),
+    priority: longest_first
     conda:
         "../../envs/cpu.yaml"
     threads: measuring_threads

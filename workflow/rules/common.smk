@@ -50,6 +50,9 @@ SERVING_FIGURES = expand(
     kind=["svg", "csv"],
 )
 
+# Seconds of each cell, as far as rows tell; None where none does.
+ESTIMATES = progress.estimate(CELLS, BASE)
+
 if stale_lock.clear_if_dead():
     logger.warning("The last run here was killed; its lock is removed.")
 
@@ -72,8 +75,16 @@ GPUS = max(1, getattr(workflow.global_resources.get("gpu"), "value", None) or 1)
 
 def measuring_threads(wildcards):
     """A cell on a GPU has its share of the cores; any other has all there are, so that nothing runs beside it."""
-    on_gpu = GPUS > 1 and CELLS[wildcards.cell].device != "cpu"
+    cell = CELLS.get(wildcards.cell) or QUALITY[wildcards.cell]
+    on_gpu = GPUS > 1 and cell.device != "cpu"
     return max(1, workflow.cores // GPUS) if on_gpu else 64  # scaled down to --cores
+
+
+def longest_first(wildcards):
+    """A cell's priority: with a long one left for the end, the other GPUs would wait for it. Quality cells, which have
+    none, come last: a process that waits for the next cell would end meanwhile."""
+    estimate = ESTIMATES[wildcards.cell]
+    return estimate.seconds if estimate else 0
 
 
 def minutes_of_cell(wildcards):

@@ -41,6 +41,7 @@ rule verify_greenctx:
         "results/environment/greenctx.json",
     log:
         "results/logs/verify_greenctx.log",
+    priority: 10**6  # seconds, before every cell: most wait for it, and later all GPUs are rarely free
     conda:
         "../../envs/cpu.yaml"
     resources:

@@ -17,7 +17,7 @@ rule measure_quality:
         cell="|".join(QUALITY) or "none",
     conda:
         "../../envs/cpu.yaml"
-    threads: 64  # scaled down to all there are
+    threads: measuring_threads
     resources:
         gpu=1,
         runtime=lambda wildcards: int(QUALITY[wildcards.cell].timeout_s / 60) + 6,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcache.bench.estimate import estimates, from_json, outlook, to_json
+from fastcache.bench.estimate import Estimate, estimates, from_json, outlook, to_json
 from fastcache.bench.matrix import CellConfig
 from fastcache.bench.provenance import source_digest
 
@@ -16,15 +16,22 @@ ESTIMATES = Path("results/estimate.json")
 PUBLISHED = Path("results/published")
 
 
-def announce(cells: Mapping[str, CellConfig], base: Path, at_once: int) -> str:
-    """Estimate every cell, keep that for `left`, and say what those cost that have no row yet."""
-    found = estimates(cells.values(), earlier_rows(cells, base))
+def estimate(cells: Mapping[str, CellConfig], base: Path) -> dict[str, Estimate | None]:
+    """Of every cell, from rows of this checkout and published ones."""
+    return estimates(cells.values(), earlier_rows(cells, base))
+
+
+def announce(found: Mapping[str, Estimate | None], quality: Iterable[str], at_once: int) -> str:
+    """Keep the estimates for `left`, and say what those cells cost that have no row yet. `quality`: ids of quality
+    cells, whose number is said beside."""
     ESTIMATES.parent.mkdir(exist_ok=True)
     ESTIMATES.write_text(
         json.dumps({"at_once": at_once, "cells": to_json(found)}, indent=1), encoding="utf-8"
     )
     missing = {cell: entry for cell, entry in found.items() if not stands(cell)}
-    return str(outlook(missing, {}, at_once))
+    others = sum(not Path("results/quality", f"{cell}.json").is_file() for cell in quality)
+    beside = f"; then {others} of quality, whose time no row tells" if others else ""
+    return f"{outlook(missing, {}, at_once)}{beside}"
 
 
 def left(now: str, seconds: float) -> str | None:

@@ -3,7 +3,7 @@
 #   PIP_ARGS="..."    anything else pip should know, say --no-index --find-links wheelhouse on a machine without network
 #   PYTHON=python3.12 which Python builds .venv (3.11 to 3.13)
 #   WHEELS="..."      what `make wheelhouse` gets; without -r envs/gpu.txt it is for machines without a GPU
-#   CONFIG=FILE       another matrix;   CORES=N   how many cores, default all
+#   CONFIG=FILE       another matrix;   CORES=N   how many cores, default all;   GPUS=N   cells measured at once
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +13,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 CONFIG ?= config/config.yaml
 CORES ?= all
+GPUS ?= 1
 TORCH_INDEX ?=
 PIP_ARGS ?=
 WHEELS ?= -r envs/cpu.txt -r envs/dev.txt -r envs/gpu.txt
@@ -25,6 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep -i '^torch==' envs/cpu.txt)
 MODEL := resources/models/SmolLM2-135M-Instruct/model.safetensors
+MACHINE := results/environment/machine.yaml
 # Sources of the lint targets; results and resources are not ours to judge.
 PYTHON_SOURCES := fastcache workflow/scripts tests bench
 SNAKE_SOURCES := Snakefile workflow/rules
@@ -44,8 +46,12 @@ reproduce: $(VENV)/.runtime
 	$(BIN)/snakemake --cores $(CORES) --configfile $(CONFIG)
 	@$(BIN)/python workflow/scripts/show_summary.py --rows results/rows.jsonl --report results/report.html
 
+# What fits is judged by the smallest GPU's memory.
 gpu-reproduce: $(VENV)/.gpu
-	$(BIN)/snakemake --cores $(CORES) --configfile config/paper.yaml
+	@mkdir -p $(dir $(MACHINE))
+	nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n \
+		| awk 'NR == 1 {printf "machine: {memory_gib: %.1f}\n", $$1 / 1024}' > $(MACHINE)
+	$(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPUS) --configfile config/paper.yaml $(MACHINE)
 	@$(BIN)/python workflow/scripts/show_summary.py --rows results/rows.jsonl --report results/report.html
 
 test: $(VENV)/.dev $(MODEL)

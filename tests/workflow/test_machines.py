@@ -175,6 +175,14 @@ def test_the_devices_are_those_the_user_left_visible(monkeypatch, value, devices
     assert gpu_token.visible_devices() == devices
 
 
+def test_what_fits_is_judged_by_the_machine_and_not_by_the_shipped_config(workplace, succeed):
+    paper = str(ROOT / "config/paper.yaml")
+    for memory, cells in (("39.4", 114), ("139.8", 159)):  # without and with Qwen3-32B
+        (workplace.folder / "machine.yaml").write_text(f"machine: {{memory_gib: {memory}}}\n")
+        planned = succeed(workplace.snakemake("--configfile", paper, "machine.yaml", "--dry-run"))
+        assert re.search(rf"^measure_cell +{cells}$", planned, re.MULTILINE)
+
+
 def test_the_slurm_profile_plans_every_shipped_gpu_config(workplace, succeed):
     (workplace.folder / "config.yaml").write_text((ROOT / "config/paper.yaml").read_text())
     planned = succeed(workplace.snakemake(*SLURM, "--dry-run"))

@@ -321,35 +321,6 @@ def test_snakemakes_own_report_has_captions_categories_and_labels(workplace, suc
         assert label in own
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(ROOT.glob("results/published/*/rows.jsonl")), ids=lambda p: p.parent.name
-)
-def test_the_repositorys_published_rows_still_make_a_report(folder, tmp_path):
-    rows = [json.loads(line) for line in folder.read_text().splitlines()]
-    if "row_id" in rows[0]:
-        assert "claims and our targets</h2>" in build_serving(tmp_path, folder)
-    else:
-        assert "<h2>4. Discussion</h2>" in build(tmp_path, rows)
-
-
-def build_serving(folder: Path, source: Path) -> str:
-    """Table, figures and page of serving rows, likewise."""
-    schema, rows, status = (
-        ROOT / "workflow/schemas/serving.schema.yaml",
-        folder / "rows",
-        folder / "status.json",
-    )
-    table = ("--rows", rows, "--table", folder / "table.csv", "--status", status)
-    script("serving_table.py", "--sources", source, "--schema", schema, *table)
-    figures = folder / "figures"
-    figures.mkdir()
-    script("plot_serving.py", "--rows", rows, "--folder", figures)
-    page = folder / "serving.html"
-    inputs = ("--rows", rows, "--status", status, "--figures", figures, "--templates", ROOT / "report")
-    script("render_serving.py", *inputs, "--output", page)
-    return page.read_text(encoding="utf-8")
-
-
 def test_the_appendix_says_whether_the_rows_are_one_experiment(page, measured):
     folder, text = page
     assert "All rows come from one commit" in text and "No cell was measured more than once" in text

@@ -325,6 +325,8 @@ def test_the_appendix_says_whether_the_rows_are_one_experiment(page, measured):
     folder, text = page
     assert "All rows come from one commit" in text and "No cell was measured more than once" in text
     other = [dict(r) for r in measured]
+    other[2] |= {"device": other[2]["device"] | {"host_memory_bytes": 1}}
+    assert "All rows come from one commit" in render_here(other, folder / "figures")
     other[0] |= {"git_commit": "2" * 40 + "-dirty", "device": other[0]["device"] | {"name": "Other CPU"}}
     other[1] = other[1] | {"clocks": {"sm_mhz": {"min": 1200.0, "median": 1500.0, "max": 1980.0}}}
     text = render_here(other, folder / "figures")

@@ -33,7 +33,8 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
                 versions[name].append(version)
     started = sorted(row["started_at"] for row in rows)
     return {
-        "devices": distinct(row["device"] for row in rows),
+        # A virtual machine's memory may grow while it is used: that makes no other machine.
+        "devices": distinct(row["device"] and row["device"] | {"host_memory_bytes": None} for row in rows),
         "versions": {name: found for name, found in sorted(versions.items()) if found},
         "commits": distinct(row["git_commit"] for row in rows),
         "digests": distinct(row["source_digest"] for row in rows),

@@ -197,9 +197,10 @@ def test_a_run_through_the_slurm_executor_asks_for_what_the_profile_says(workpla
     place.mkdir()
     monkeypatch.setenv("FAKE_SLURM", str(place))
     monkeypatch.setenv("PATH", os.pathsep.join((str(FAKE_SLURM), os.environ["PATH"])))
-    succeed(
+    said = succeed(
         workplace.snakemake(*SLURM, "--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "2")
     )
+    assert "Plan: 2 cells to measure, about" in said and " on 8 GPUs." in said
     jobs = [json.loads(line) for line in (place / "jobs.jsonl").read_text().splitlines()]
     assert (
         len(jobs) == 2 == len(workplace.rows())

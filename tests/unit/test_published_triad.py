@@ -27,7 +27,7 @@ def rows_of(name: str, folder: Path = FOLDER) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
 
 
-PAGE = text(FOLDER / "README.md")
+PAGE, DOCS = text(FOLDER / "README.md"), text(ROOT / "docs/scheduling.md")
 ROWS, EARLIER = rows_of("rows.jsonl"), rows_of("rows-038f6a8.jsonl")
 PLAN = json.loads((FOLDER / "plan.json").read_text(encoding="utf-8"))
 
@@ -258,5 +258,17 @@ def test_what_deciding_takes():
     for kind, us, verdict in lines("step |"):
         value = took[f"{kind}_step_us"]
         assert (us, verdict) == (f"{value:.0f}", "held" if value <= 50 else "missed")
+    before, now = (
+        json.loads((FOLDER / f"policy-overhead-epyc{name}.json").read_text(encoding="utf-8"))
+        for name in ("-e132b8c", "")
+    )
+    head = f"step | {before['git_commit'][:7]} | {now['git_commit'][:7]} |"
+    assert before["host"] == now["host"] and before["git_commit"] == took["git_commit"]
+    kinds = {"decode, beside a prefill": "beside", "prefill, beside decode steps": "aside"}
+    for kind, old_us, us, verdict in lines(head):
+        key = f"{kinds.get(kind, kind)}_step_us"
+        assert (us, verdict) == (f"{now[key]:.0f}", "held" if now[key] <= 50 else "missed")
+        assert old_us == (f"{before[key]:.0f}" if key in before else "-")
+        assert kind not in ("mixed", "prefill") or f"{us} us a {kind} step instead of {old_us}" in DOCS
     least = min(r["stage_s"]["decode"] / r["steps"]["decode"] for r in ROWS)
     assert f"for {1e3 * least:.1f} ms or more" in PAGE

@@ -122,8 +122,8 @@ def test_a_wrong_value_is_answered_with_what_is_allowed(capsys, tmp_path, monkey
             "bench --models qwen3-8b --load-format dummy --method kvzap,mlp --compressor-path f.pth",
             "one method",
         ),
-        ("generate hi --model x --image a.png", "0 <image> and 1 --image"),
-        ("generate a b --model x --image a.png --chat", "one prompt"),
+        ("generate hi --model llava-1.5-7b --load-format dummy --image a.png", "0 <image> and 1 --image"),
+        ("generate a b --model llava-1.5-7b --load-format dummy --image a.png --chat", "one prompt"),
         ("cell nothing.json --output row.json", "nothing.json"),
     ],
 )

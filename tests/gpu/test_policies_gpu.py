@@ -1,5 +1,5 @@
-"""Policies on a GPU: mixed steps, compression beside decode steps, and decisions, with the tokens of one step after the
-other."""
+"""Policies on a GPU: mixed steps, compression and prefill beside decode steps, and decisions, with the tokens of one
+step after the other."""
 
 from __future__ import annotations
 

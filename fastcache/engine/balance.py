@@ -110,21 +110,18 @@ def balance(costs: Costs, limits: Limits, mix: Mix) -> Balance:
     known = costs.beside and costs.decode_fixed_s is not None and costs.prefill_s_per_token
     if not known or mix.prompt_tokens < side_by_side.LEAST_TOKENS:
         return chosen
-    return _bounded_beside(costs, limits, mix, chosen) if limits.tpot_s else _beside(costs, mix, chosen)
+    if limits.tpot_s is not None:
+        return _bounded_beside(costs, limits, mix, chosen)
+    return _beside(costs, mix, chosen) if mix.blocked else chosen
 
 
 def _beside(costs: Costs, mix: Mix, chosen: Balance) -> Balance:
     """On the split that gains more for the prompts there than what was `chosen` without one, if any does."""
-    if not mix.blocked:
-        return chosen
     tokens = min(mix.prompt_tokens, side_by_side.MOST_TOKENS)
     gains = side_by_side.gains_s(costs, _share(mix), tokens)
     otherwise = tokens * _per_token(chosen.predicted, mix)[chosen.chunk] if chosen.together else 0.0
     split = side_by_side.most(gains, costs, tokens, otherwise)
-    predicted = {**chosen.predicted, **gains}
-    if split is None:
-        return replace(chosen, predicted=predicted)
-    return Balance(False, None, BESIDE_GAINS, predicted, split)
+    return _or_split(chosen, gains, split, BESIDE_GAINS)
 
 
 def _bounded_beside(costs: Costs, limits: Limits, mix: Mix, chosen: Balance) -> Balance:
@@ -139,10 +136,15 @@ def _bounded_beside(costs: Costs, limits: Limits, mix: Mix, chosen: Balance) -> 
         step_s = _interpolated(chosen.predicted, chosen.chunk)
         ends_s = steps * step_s
     split = side_by_side.soonest(costs, lasts, mix.prompt_tokens, max(limits.tpot_s, step_s), ends_s)
-    predicted = {**chosen.predicted, **lasts}
+    return _or_split(chosen, lasts, split, BESIDE_WITHIN)
+
+
+def _or_split(chosen: Balance, predicted: Mapping[str, float], split: str | None, reason: str) -> Balance:
+    """What was `chosen` without a split, or that split; with what was predicted for all of them."""
+    everything = {**chosen.predicted, **predicted}
     if split is None:
-        return replace(chosen, predicted=predicted)
-    return Balance(False, None, BESIDE_WITHIN, predicted, split)
+        return replace(chosen, predicted=everything)
+    return Balance(False, None, reason, everything, split)
 
 
 def _mixed(costs: Costs, limits: Limits, mix: Mix) -> Balance:
@@ -176,10 +178,9 @@ def _gains_s(costs: Costs, mix: Mix, chunks: tuple[int, ...]) -> dict[int, float
     """Seconds that a mixed step of each budget saves; where it was not measured, that it would if it cost nothing of
     its own."""
     decode_s, per_token = costs.decode_fixed_s * _share(mix), costs.prefill_s_per_token
-    with_compression = per_token + min(costs.exposed.values(), default=0.0)
     return {
         chunk: decode_s
-        + with_compression * max(chunk - mix.decoding, 0)
+        + costs.compressed_s_per_token * max(chunk - mix.decoding, 0)
         - costs.mixed_s.get(chunk, per_token * chunk)
         for chunk in chunks
     }

@@ -22,7 +22,7 @@ from fastcache.engine.batch import BatchBuilder
 from fastcache.engine.chunks import Limits
 from fastcache.engine.cuda_graphs import padded_size
 from fastcache.engine.images import PictureEmbedder
-from fastcache.engine.memory import num_pages, prefill_tokens
+from fastcache.engine.memory import pool_room, prefill_tokens
 from fastcache.engine.methods import check_method, compressors, method_plan, prompt_of, state_rater
 from fastcache.engine.policy import INLINE
 from fastcache.engine.replay_compressor import replay_positions
@@ -135,7 +135,7 @@ def build(config: EngineConfig) -> Parts:
     # Who balances prefill against decode makes steps as small as decoding asks for.
     small = config.tuning == "all" and not (config.enforce_eager or ragged)
     splits = prefill_splits(config, method, device)
-    room = num_pages(config, shape, model, tokens_per_step, max_model_len, device, small, bool(splits))
+    room = pool_room(config, shape, model, tokens_per_step, max_model_len, device, small, bool(splits))
     splits = splits if room.asides else {}
     pool = KVPool(shape, room.pages, config.page_size, device)
     allocator = PageAllocator(pool.num_pages)

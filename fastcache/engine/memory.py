@@ -62,7 +62,7 @@ def prefill_tokens(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
     return tokens
 
 
-def num_pages(
+def pool_room(
     config: EngineConfig,
     shape: KVShape,
     model: Llama,

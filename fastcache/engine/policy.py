@@ -38,6 +38,11 @@ class Costs:
     aside_s_per_token: Mapping[str, float] = field(default_factory=dict)
     beside: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def compressed_s_per_token(self) -> float:
+        """Of a prefill on the whole GPU, compressed where that adds least; its price must be known."""
+        return self.prefill_s_per_token + min(self.exposed.values(), default=0.0)
+
 
 @dataclass(frozen=True)
 class Limits:

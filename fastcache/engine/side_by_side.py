@@ -1,6 +1,7 @@
 """Whether prefill and decode run side by side, each on its side of an SM split. Pure functions of numbers; no clock.
 
-A prefill beside decode steps takes longer than on the whole GPU, and so do they, but neither waits for the other.
+A prefill beside decode steps takes longer than on the whole GPU, and so do they, but neither waits for the other. What
+both take alone is known wherever these are asked what a split is worth.
 """
 
 from __future__ import annotations
@@ -31,19 +32,18 @@ def gains_s(costs: Costs, share: float, tokens: int) -> dict[str, float]:
     """Seconds that a prefill of `tokens` saves on each split: what it takes on the whole GPU, and the decode steps done
     meanwhile, less its time there, and less what the decode steps lose that are still on their side when it ends.
     `share`: of a decode step that is worth waiting for."""
-    whole_s = (costs.prefill_s_per_token or 0.0) + min(costs.exposed.values(), default=0.0)
     gains = {}
     for name, aside_s in costs.aside_s_per_token.items():
         lasts = costs.beside[name]
         late_s = LATE_STEPS * max(lasts - 1, 0.0) * costs.decode_fixed_s
-        gains[name] = tokens * (whole_s + share * aside_s / lasts - aside_s) - late_s
+        gains[name] = tokens * (costs.compressed_s_per_token + share * aside_s / lasts - aside_s) - late_s
     return gains
 
 
 def most(gains: Mapping[str, float], costs: Costs, tokens: int, otherwise_s: float) -> str | None:
     """The split that gains most, if clearly more than `otherwise_s`."""
     best = max(gains, key=gains.__getitem__, default=None)
-    margin = SIDE_MARGIN * tokens * (costs.prefill_s_per_token or 0.0)
+    margin = SIDE_MARGIN * tokens * costs.prefill_s_per_token
     return best if best is not None and gains[best] > max(otherwise_s, 0.0) + margin else None
 
 

@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
+from arriving import arriving, greedy
 
-from fastcache import LLM, SamplingParams
+from fastcache import LLM
 from fastcache.engine.balance import BACKLOG, TIGHT, WITHIN
 from fastcache.engine.policy import NOT_MEASURED
 from fastcache.engine.stages import COMPRESS, DECODE, PREFILL, Turn
@@ -27,28 +28,10 @@ def folder(tiny_model):
     return tiny_model("qwen3", 8, 2, 64, 256, 3, False)
 
 
-def greedy(count: int) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True)
-
-
 def engine(folder, method, **options) -> LLM:
     # float32 through the reference backend: token for token, whatever shares a step.
     options = {"dtype": "float32", "attention_backend": "torch-sdpa", "num_pages": 2000, **options}
     return LLM(folder, device="cuda", max_model_len=512, max_num_seqs=16, compression=method, **options)
-
-
-def arriving(llm: LLM, work, rng: random.Random, cancel: float = 0.0) -> dict[int, list[int]]:
-    """Requests come in while others run; some are cancelled on the way."""
-    done, todo = {}, list(enumerate(work))
-    while todo or llm.has_unfinished():
-        if todo and rng.random() < 0.4:
-            number, (prompt, count) = todo.pop()
-            llm.add_request(prompt, greedy(count), str(number))
-        done.update((int(o.request_id), o.token_ids) for o in llm.step())
-        if llm._live and rng.random() < cancel:
-            llm.cancel(rng.choice(list(llm._live)))
-    llm.check_books()
-    return done
 
 
 def work_of(rng: random.Random, count: int) -> list[tuple[list[int], int]]:

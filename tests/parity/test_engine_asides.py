@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from arriving import arriving as all_arriving
+from arriving import greedy
 
-from fastcache import LLM, SamplingParams
+from fastcache import LLM
 from fastcache.attention.torch_sdpa import TorchSDPA
 from fastcache.core import HostBatch, Step
 from fastcache.engine import build, observed, side_by_side
@@ -67,10 +69,6 @@ class Late:
         return self.host
 
 
-def greedy(count: int) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True)
-
-
 def engine(folder, method, **options) -> LLM:
     compression = None if method is None else {"method": method[0], "compression_ratio": method[1]}
     options = {"device": "cpu", "page_size": 4, "num_pages": 300, "max_num_seqs": 8, **options}
@@ -100,19 +98,11 @@ class LateRunner:
 
 
 def arriving(llm: LLM, work, rng: random.Random, cancel: float = 0.0) -> dict[int, list[int]]:
-    """Requests come in while others run; some are cancelled on the way."""
-    done, todo = {}, list(enumerate(work))
-    while todo or llm.has_unfinished():
-        if todo and rng.random() < 0.4:
-            number, (prompt, count) = todo.pop()
-            llm.add_request(prompt, greedy(count), str(number))
-        done.update((int(o.request_id), o.token_ids) for o in llm.step())
+    def look() -> None:
         llm._scheduler.allocator.check()
         assert len(llm._scheduler.asides.steps) <= MOST_UNDER_WAY
-        if llm._live and rng.random() < cancel:
-            llm.cancel(rng.choice(list(llm._live)))
-    llm.check_books()
-    return done
+
+    return all_arriving(llm, work, rng, cancel, look)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from fastcache.compression.layer import WAITING_BYTES
 from fastcache.config import EngineConfig
 from fastcache.engine import memory
 from fastcache.engine.compressor import SMALL_STEP
-from fastcache.engine.memory import COMPRESSION_COPIES, num_pages, with_compression
+from fastcache.engine.memory import COMPRESSION_COPIES, pool_room, with_compression
 from fastcache.kvcache.pool import KVShape
 
 QWEN3_8B = KVShape(36, 8, 128, torch.bfloat16)
@@ -39,7 +39,7 @@ def test_prefills_beside_decode_steps_have_memory_where_it_is_a_small_share(monk
     monkeypatch.setattr(memory, "_free_bytes", lambda *_: free_gib * 2**30)
     config = EngineConfig("qwen3-8b", max_num_seqs=512, compression={"method": "snapkv"})
     given = (config, QWEN3_8B, None, 32_768, 4096, torch.device("cuda"))
-    without, room = num_pages(*given), num_pages(*given, asides=True)
+    without, room = pool_room(*given), pool_room(*given, asides=True)
     assert not without.asides and room.asides == asides
     taken = (without.pages - room.pages) * QWEN3_8B.slot_bytes * config.page_size
     want = 4_096 * 118_000 + WAITING_BYTES + memory.WORKSPACE_BYTES
@@ -50,8 +50,8 @@ def test_a_pool_that_is_not_short_of_memory_loses_nothing_to_prefills_beside_dec
     monkeypatch.setattr(memory, "_peak_activation_bytes", lambda *_: 32_768 * 118_000)
     monkeypatch.setattr(memory, "_free_bytes", lambda *_: 20 * 2**30)
     config = EngineConfig("qwen3-8b", max_num_seqs=8, compression={"method": "snapkv"})
-    room = num_pages(config, QWEN3_8B, None, 32_768, 4096, torch.device("cuda"), asides=True)
+    room = pool_room(config, QWEN3_8B, None, 32_768, 4096, torch.device("cuda"), asides=True)
     assert (
         room.asides
-        and room.pages == num_pages(config, QWEN3_8B, None, 32_768, 4096, torch.device("cuda")).pages
+        and room.pages == pool_room(config, QWEN3_8B, None, 32_768, 4096, torch.device("cuda")).pages
     )

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results/published/h100-triad"
+COSTS = ROOT / "results/published/h100-compression"
 SPEED = "throughput_tok_s"
 TABLE = re.compile(r"(\d+) x (\d+) \+ (\d+)(, Qwen3-32B)?$")
 KINDS = ("prefill", "mixed", "decode")
@@ -238,7 +239,7 @@ def test_what_a_partition_could_hide():
     fixed = [r for r in ROWS if r["greenctx_main_stream"] and r["variant"] == "greenctx-only"]
     lost = sorted(1 - r["decode_tok_s"] / WHOLE["decode_tok_s"] for r in fixed)
     assert f"Decoding loses {lost[0]:.0%} to {lost[-1]:.0%}, and not in step" in PAGE
-    costs = json.loads((ROOT / "results/published/h100-compression/costs.json").read_text(encoding="utf-8"))
+    costs = json.loads((COSTS / "costs.json").read_text(encoding="utf-8"))
     assert f"takes {costs['measured']['snapkv']['share_of_prefill']:.1%} of a prefill" in PAGE
     free = [
         r
@@ -249,6 +250,14 @@ def test_what_a_partition_could_hide():
     beside = mixed("greenctx-only")
     assert beside["granted_sms"]["main"] == 132
     assert f"has {beside[SPEED] / ONE[SPEED]:.2f} of compression-only on the mixed load" in PAGE
+
+
+def test_what_compression_in_pieces_could_save():
+    paged = json.loads((COSTS / "costs-paged.json").read_text(encoding="utf-8"))
+    cost = paged["measured"]["snapkv"]
+    assert (paged["sequences_per_step"], paged["context"]) == (8, 3968)
+    took = f"{1e3 * cost['step_seconds']:.1f} ms for eight contexts of 3,968 tokens"
+    assert f"{took}, {100 * cost['share_of_prefill']:.1f} % of their prefill" in DOCS
 
 
 def test_what_deciding_takes():

@@ -54,6 +54,8 @@ class LLM(Offline):
         self._stats = self._scheduler.stats
         self._jobs = Jobs(self._scheduler, self._runner, self._parts.side)
         self._pending: PendingTokens | None = None
+        for runner in filter(None, (self._runner, self._parts.side)):
+            runner.on_layer = self._look
         self._last_result_s = 0.0
         self._ids = itertools.count()
         self._live: dict[str, Sequence] = {}
@@ -158,6 +160,12 @@ class LLM(Offline):
         prefills = self._jobs.prefilled(least)
         return [output for each in prefills for output in self._take(each, self._scheduler.receive)]
 
+    def _look(self) -> None:
+        """In each layer of a launch: note when the tokens of the step before arrive. The launch waits for the device
+        wherever more kernels are queued than CUDA lets be, so behind it they would be noticed late."""
+        if self._pending is not None:
+            self._pending.look()
+
     def _deliver(self) -> list[RequestOutput]:
         if self._pending is None:
             return []
@@ -167,7 +175,8 @@ class LLM(Offline):
     def _take(self, pending: PendingTokens, complete: Complete) -> list[RequestOutput]:
         """A step's tokens, waited for; returns the requests that they ended."""
         tokens = pending.wait()
-        now = time.perf_counter()
+        pending.look()
+        now = pending.arrived_s
         self._account(pending, now)
         sampling = [(chunk.seq, len(chunk.seq.output_ids)) for chunk in pending.step.chunks if chunk.sample]
         done = complete(pending.step, tokens, self._parts.eos, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,12 @@ from fastcache.core import Step
 from fastcache.device.timing import Span
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PendingTokens:
-    """A launched step. `wait` blocks until its tokens are on the host. `ready` None: they already are."""
+    """A launched step. `wait` blocks until its tokens are on the host. `ready` None: they already are.
+
+    `arrived_s`: when `look` found them there (`time.perf_counter()` seconds).
+    """
 
     step: Step
     tokens: Tensor  # (S,) int64 on the host, valid after `ready`
@@ -22,6 +26,7 @@ class PendingTokens:
     spans: tuple[Span, ...] = ()  # of compression inside the step, where it is timed
     since: torch.cuda.Event | None = None  # where its time begins: see `Runner._since`
     beside: Span | None = None  # of compression on a stream of its own
+    arrived_s: float | None = None
 
     def wait(self) -> list[int]:
         if self.ready is not None:
@@ -30,6 +35,13 @@ class PendingTokens:
 
     def done(self) -> bool:
         return self.ready is None or self.ready.query()
+
+    def look(self) -> bool:
+        """Whether the tokens are found to have arrived; true once."""
+        if self.arrived_s is not None or not self.done():
+            return False
+        self.arrived_s = time.perf_counter()
+        return True
 
     def seconds(self) -> float | None:
         """How long the device had the step, after `wait`; None where there are no events. The host's clock would count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -60,6 +60,8 @@ class Runner:
         self.sides = sides or {}  # streams by the names that a step's `split` may have
         self._home = self._stream = stream  # None: the device's default stream
         self._ready: torch.cuda.Event | None = None  # of the newest step
+        # Called in each layer that is launched, and never in a graph's capture, where no event may be asked.
+        self.on_layer: Callable[[], object] = lambda: None
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = self.small = None
         if use_graphs and backend.supports_graphs:
@@ -165,6 +167,7 @@ class Runner:
         self.backend.plan(batch)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+            self.on_layer()
             out = self.backend.run(layer, q, k, v, out)
             for each in watching:
                 each.layer(layer, q, k, v, self.backend.lse)

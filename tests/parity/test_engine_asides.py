@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -33,26 +32,22 @@ class SideBySide(Dynamic):
         return Turn(PREFILL, max_tokens=self.mixed_tokens, split=SPLIT), Turn(COMPRESS), Turn(DECODE)
 
 
-@dataclass
-class Late:
+class Late(PendingTokens):
     """A step that is computed when it is received, as if the device had taken until then: whoever was given its pages
-    meanwhile would be found out."""
+    meanwhile would be found out. asked: how often it is not complete yet."""
 
-    side: Runner
-    step: Step
-    host: HostBatch
-    seeds: dict[str, int]
-    asked: int  # how often it is not complete yet
-    launched_s: float = 0.0
-    spans: tuple = ()
-    beside: None = None
+    def __init__(self, side: Runner, step: Step, host: HostBatch, seeds: dict[str, int], asked: int) -> None:
+        super().__init__(step, None, None, 0.0)
+        self.side, self.host, self.seeds, self.asked = side, host, seeds, asked
 
     def done(self) -> bool:
         self.asked -= 1
         return self.asked < 0
 
     def wait(self) -> list[int]:
-        return self._computed().wait()
+        if self.tokens is None:
+            self.tokens, self.asked = self._computed().tokens, 0
+        return super().wait()
 
     def seconds(self) -> float:
         return 0.001

@@ -116,6 +116,33 @@ def test_repeats_first_tokens_and_the_prefix_cache():
     assert f"{speed(cached):,.0f} instead of {speed(row_of(64, 3968, 128, None)):,.0f} at 64" in said(WITH)
 
 
+def late(row: dict, before: float) -> float:
+    """How much later than the end of `before` steps, all alike, the median first token was noticed, in steps."""
+    return row["ttft_s"]["p50"] * row["steps"]["prefill"] / row["stage_s"]["prefill"] - before
+
+
+def test_how_late_first_tokens_were_noticed():
+    """Eight of 64 prompts fit a step, and one of 32: medians lie between the 4th and 5th, and the 16th and 17th."""
+    full, row = (row_of(64, 3968, 128, factor) for factor in (None, 5))
+    earlier = (PUBLISHED / "rows-853ce4b.jsonl").read_text(encoding="utf-8").splitlines()
+    (apart,) = (
+        row
+        for row in map(json.loads, earlier)
+        if (row["model"], row["variant"]) == ("qwen3-32b", "compression-only")
+    )
+    steps = late(row, 4.5)
+    seconds = steps * row["stage_s"]["prefill"] / row["steps"]["prefill"]
+    assert f"there {seconds:.2f} s sooner, {steps:.2f} of a prefill step" in said(WITH)
+    tpot = row["tpot_s"]["p50"]
+    assert f"are {1e3 * seconds / 127:.1f} ms, beside the {1e3 * tpot:.1f} of the row" in said(WITH)
+    assert f"are {late(full, 4.5):.2f} of a step late" in said(WITH)
+    held_up = [1 - 1024 / (59 * layers) for layers in (36, 64)]
+    assert held_up == pytest.approx([steps, late(apart, 16.5)], abs=0.01)
+    assert f"give {held_up[0]:.2f} of a step for 36 layers, and {held_up[1]:.2f} for the 64" in said(WITH)
+    together = late(row_of(32, 3072, 256, 5), 16.5)
+    assert f"small steps compressed together, {together:.2f}." in said(WITH)
+
+
 def test_the_readme_quotes_the_least_and_the_greatest_ratio():
     ratios = sorted(float(line[3]) for line in table(WITH, SHAPES))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -61,6 +61,7 @@ class LLM(Offline):
         self._live: dict[str, Sequence] = {}
         self._seeds: dict[str, int] = {}
         self.new_tokens: dict[str, list[int]] = {}
+        self.on_tokens: Callable[[], object] = lambda: None
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -118,7 +119,8 @@ class LLM(Offline):
     def step(self) -> list[RequestOutput]:
         """Launch the next step and deliver the one before it; returns the requests that ended.
 
-        Afterwards `new_tokens` has the tokens it delivered, by request id, of running and ended requests.
+        Afterwards `new_tokens` has the tokens it delivered, by request id, of running and ended requests. `on_tokens`
+        is called if some are there while the launch still goes on: it may take them, and use nothing else of this.
         """
         now = time.perf_counter()
         self.new_tokens = {}
@@ -162,9 +164,10 @@ class LLM(Offline):
 
     def _look(self) -> None:
         """In each layer of a launch: note when the tokens of the step before arrive. The launch waits for the device
-        wherever more kernels are queued than CUDA lets be, so behind it they would be noticed late."""
-        if self._pending is not None:
-            self._pending.look()
+        wherever more kernels are queued than CUDA lets be, so behind it they would be noticed late. What they change
+        in the books has to wait all the same: the step being launched was planned without it."""
+        if self._pending is not None and self._pending.look(self.new_tokens):
+            self.on_tokens()
 
     def _deliver(self) -> list[RequestOutput]:
         if self._pending is None:
@@ -175,14 +178,10 @@ class LLM(Offline):
     def _take(self, pending: PendingTokens, complete: Complete) -> list[RequestOutput]:
         """A step's tokens, waited for; returns the requests that they ended."""
         tokens = pending.wait()
-        pending.look()
+        pending.look(self.new_tokens)
         now = pending.arrived_s
         self._account(pending, now)
-        sampling = [(chunk.seq, len(chunk.seq.output_ids)) for chunk in pending.step.chunks if chunk.sample]
         done = complete(pending.step, tokens, self._parts.eos, now)
-        for seq, had in sampling:
-            if fresh := seq.output_ids[had:]:
-                self.new_tokens.setdefault(seq.request.request_id, []).extend(fresh)
         return [self._output(seq, now) for seq in done]
 
     def _account(self, pending: PendingTokens, now: float) -> None:

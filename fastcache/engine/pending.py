@@ -36,11 +36,16 @@ class PendingTokens:
     def done(self) -> bool:
         return self.ready is None or self.ready.query()
 
-    def look(self) -> bool:
-        """Whether the tokens are found to have arrived; true once."""
+    def look(self, new: dict[str, list[int]]) -> bool:
+        """Whether the tokens are found to have arrived: true once. Then those of requests that have not ended are added
+        to `new`, by request id."""
         if self.arrived_s is not None or not self.done():
             return False
         self.arrived_s = time.perf_counter()
+        sampling = [chunk.seq for chunk in self.step.chunks if chunk.sample]
+        for seq, token in zip(sampling, self.tokens.tolist(), strict=True):
+            if seq.finish_reason is None:
+                new.setdefault(seq.request.request_id, []).append(token)
         return True
 
     def seconds(self) -> float | None:

@@ -1,4 +1,4 @@
-"""A thread that owns an engine: requests in from an event loop, tokens back to it after every step.
+"""A thread that owns an engine: requests in from an event loop, tokens back to it as they arrive.
 
 Only the thread touches the engine. Everything else leaves a command in its inbox, which is emptied between two
 steps, so a cancelled request's pages are free before the next step is planned.
@@ -89,6 +89,7 @@ class EngineService:
     def start(self) -> None:
         """Call on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
+        self.llm.on_tokens = partial(self._publish, [])
         self._thread.start()
 
     async def submit(self, prompt: Any, params: SamplingParams, timeout_s: float | None = None) -> Stream:
@@ -173,16 +174,17 @@ class EngineService:
             self._hand_over([], [dataclasses.replace(output, finish_reason=reason)])
 
     def _publish(self, finished: list[RequestOutput]) -> None:
+        """What has come since the last time, which may be in the midst of a step; requests end behind it."""
         ended = {output.request_id: output for output in finished}
-        items = []
-        for request_id in dict.fromkeys((*self.llm.new_tokens, *ended)):
+        (new, self.llm.new_tokens), items = (self.llm.new_tokens, {}), []
+        for request_id in dict.fromkeys((*new, *ended)):
             output = ended.get(request_id)
             stream = self._streams[request_id] if output is None else self._streams.pop(request_id)
-            items.append((stream, Delta(self.llm.new_tokens.get(request_id, []), output)))
+            items.append((stream, Delta(new.get(request_id, []), output)))
         self._hand_over(items, finished)
 
     def _hand_over(self, items: list[tuple[Stream, Any]], finished: list[RequestOutput] = ()) -> None:
-        """One wake-up of the event loop for all that a step delivered."""
+        """One wake-up of the event loop for all that came at once."""
         if items or finished:
             self._loop.call_soon_threadsafe(self._receive, items, finished)
 

@@ -36,14 +36,12 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8}
 SERVED_BITS = 16
 
 
-def measure_quality(cell: QualityCell, make_llm: Callable[..., Any] | None = None) -> dict[str, Any]:
-    """The row of `cell`, whatever Python can catch. `make_llm` stands in for `fastcache.LLM` in tests."""
+def measure_quality(cell: QualityCell) -> dict[str, Any]:
+    """The row of `cell`, whatever Python can catch."""
     row = blank_row(cell)
     started = time.perf_counter()
     try:
-        if make_llm is None:
-            from fastcache import LLM as make_llm
-        _measure(cell, row, make_llm)
+        _measure(cell, row)
     except Exception as error:  # whatever goes wrong in one cell is that cell's result, not the matrix's end
         if not isinstance(error, UserError):
             log.exception("cell %s", cell.id)
@@ -51,10 +49,10 @@ def measure_quality(cell: QualityCell, make_llm: Callable[..., Any] | None = Non
     return row | {"elapsed_s": time.perf_counter() - started}
 
 
-def _measure(cell: QualityCell, row: dict[str, Any], make_llm: Callable[..., Any]) -> None:
+def _measure(cell: QualityCell, row: dict[str, Any]) -> None:
     prose = load_prose(cell.text)
     room = max(task.context + (GIVEN + task.output if task.output else QUESTION_ROOM) for task in cell.tasks)
-    pair = Pair(cell, room, make_llm)
+    pair = Pair(cell, room)
     try:
         facts = pair.model.describe()
         row |= _facts(facts) | {"text_source": prose.source}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastcache.bench import models
@@ -22,7 +22,9 @@ class Pair:
     context share its prefill. Only a pool that stores another type needs an engine of its own.
     """
 
-    def __init__(self, cell: QualityCell, longest: int, make_llm: Callable[..., Any]) -> None:
+    def __init__(self, cell: QualityCell, longest: int) -> None:
+        from fastcache import LLM  # here, as it loads torch
+
         self.cell = cell
         self._compresses = cell.method not in (FULL, NO_CONTEXT)
         compression = None
@@ -30,12 +32,12 @@ class Pair:
             compression = CompressionConfig(
                 cell.method, cell.compression_ratio, cell.method_params, cell.head_budgets
             )
-        self._ours = make_llm(**_options(cell, longest), kv_dtype=cell.kv_dtype, compression=compression)
+        self._ours = LLM(**_options(cell, longest), kv_dtype=cell.kv_dtype, compression=compression)
         self._full = self._ours
         if cell.kv_dtype != "auto":
-            self._full = make_llm(**_options(cell, longest))
+            self._full = LLM(**_options(cell, longest))
         self.same = cell.method == FULL and cell.kv_dtype == "auto"
-        self.compressed_requests = self.uncompressed_requests = 0
+        self.uncompressed_requests = 0
         self._kept: list[float] = []
         self._stored: dict[int, tuple[Ids, Pictures]] = {}  # engine -> the context it computed last
 
@@ -87,9 +89,8 @@ class Pair:
         if self.cell.method == NO_CONTEXT:
             return [list(question) for question in questions], [0] * len(questions)
         prompts, lens = [[*context, *question] for question in questions], [0] * len(questions)
-        if (
-            self._compresses
-        ):  # query-aware, the last token stays outside: something has to ask the compressed cache
+        if self._compresses:
+            # Query-aware, the last token stays outside: something has to ask the compressed cache.
             lens = [len(p) - 1 if self.cell.query_aware else len(context) for p in prompts]
         return [_prompt(ids, pictures) for ids in prompts], lens
 
@@ -122,7 +123,6 @@ class Pair:
     def _count(self, outputs: Sequence[Any]) -> None:
         for metrics in (output.metrics for output in outputs):
             if metrics.compressed:
-                self.compressed_requests += 1
                 self._kept.append(metrics.kv_len_after / metrics.kv_len_before)
             else:
                 self.uncompressed_requests += 1

@@ -18,9 +18,8 @@ class KVzip(EvictionMethod):
     arXiv:2505.23416. The engine replays each compressed context once, so a prefill takes two to three times as long:
     worth it where one context answers many questions, and as the measure of what cheaper scores reach.
 
-    The paper spends one budget over all layers and heads; `global_keep` and `layer_keep` give that and the per-layer
-    form. As an engine's method every KV head keeps the same number, or what `head_budgets` says, which is calibrated
-    with `global_keep`.
+    The paper spends one budget over all layers and heads, as `global_keep` does. As an engine's method every KV head
+    keeps the same number, or what `head_budgets` says, which is calibrated with `global_keep`.
 
     n_sink: first entries that always stay, and that a later chunk's softmax includes.
     chunk_size: context tokens repeated at once.
@@ -43,21 +42,8 @@ class KVzip(EvictionMethod):
 
 def global_keep(scores: Tensor, compression_ratio: float, n_sink: int) -> Tensor:
     """(layers, kv_heads, N) bool: all but the lowest int(r x entries) of all scores; sinks stay."""
-    return _all_but_lowest(_with_sinks(scores, n_sink).flatten(), compression_ratio).view(scores.shape)
-
-
-def layer_keep(scores: Tensor, compression_ratio: float, n_sink: int) -> Tensor:
-    """(layers, kv_heads, N) bool: in each layer all but its lowest int(r x entries); sinks stay."""
-    rows = _with_sinks(scores, n_sink).flatten(1)
-    return _all_but_lowest(rows, compression_ratio).view(scores.shape)
-
-
-def _with_sinks(scores: Tensor, n_sink: int) -> Tensor:
-    scores = scores.clone()
-    scores[..., :n_sink] = scores.max() + 1
-    return scores
-
-
-def _all_but_lowest(rows: Tensor, ratio: float) -> Tensor:
-    lowest = rows.argsort(dim=-1, stable=True)[..., : int(rows.shape[-1] * ratio)]
-    return rows.new_ones(rows.shape, dtype=bool).scatter(-1, lowest, False)
+    protected = scores.clone()
+    protected[..., :n_sink] = scores.max() + 1
+    entries = protected.flatten()
+    lowest = entries.argsort(stable=True)[: int(len(entries) * compression_ratio)]
+    return entries.new_ones(len(entries), dtype=bool).scatter(0, lowest, False).view(scores.shape)

@@ -103,7 +103,7 @@ def recorded(variant: str, context: int, batch: int = 64) -> dict:
 def h100(**changes) -> Device:
     """From the rows of 64 x 3968 + 128 with compression, and the recorded cost of snapkv."""
     row = recorded("compression-only", 3968)
-    cost = load_costs(PUBLISHED / "h100-compression/costs.json")["snapkv"]
+    cost = load_costs(PUBLISHED / "h100-compression/costs.json")[0]["snapkv"]
     per_token = 1 / row["prefill_tok_s"] - cost.seconds(32_768) / 32_768
     step_s = 64 / row["decode_tok_s"]
     return Device(per_token, step_s - 64 * (3968 // 5 + 64) * BYTES / COPY_BYTES_S, cost, **changes)

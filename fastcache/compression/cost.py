@@ -198,13 +198,8 @@ def save_costs(path: Path, costs: Mapping[str, MethodCost], facts: Mapping[str, 
         raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}. Choose another file.") from None
 
 
-def load_costs(path: Path) -> dict[str, MethodCost]:
-    """By method, as `save_costs` wrote them. Errors: `ConfigError` for a file that is none of those."""
-    return load_file(path)[0]
-
-
-def load_file(path: Path) -> tuple[dict[str, MethodCost], dict[str, Any]]:
-    """Costs by method, and what else the file says of their measurement. Errors: `ConfigError` as `load_costs`."""
+def load_costs(path: Path) -> tuple[dict[str, MethodCost], dict[str, Any]]:
+    """Costs by method and facts, as `save_costs` wrote them. Errors: `ConfigError` for a file that is none of those."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return {name: MethodCost(**cost) for name, cost in facts.pop("costs").items()}, facts

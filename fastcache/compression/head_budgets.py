@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,6 @@ class HeadBudgets:
 
     ratios: tuple[float, ...]
     shares: np.ndarray
-    provenance: dict[str, Any]
 
     @classmethod
     def load(cls, path: str | Path) -> HeadBudgets:
@@ -47,7 +45,7 @@ class HeadBudgets:
                 f"head_budgets {str(path)!r} cannot be used ({error}); allowed is a file that "
                 "`fastcache calibrate --model PATH --output FILE` wrote."
             ) from None
-        return cls(ratios, shares, {k: v for k, v in content.items() if k != "budgets"})
+        return cls(ratios, shares)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastcache.compression.cost import load_file
+from fastcache.compression.cost import load_costs
 from fastcache.config import EngineConfig
 from fastcache.device.info import device_info
 from fastcache.engine.observed import KnownCosts
@@ -22,7 +22,7 @@ def known_costs(config: EngineConfig, dtype: torch.dtype, device: torch.device) 
     """
     if config.costs is None:
         return None
-    costs, facts = load_file(Path(config.costs))
+    costs, facts = load_costs(Path(config.costs))
     missing = [name for name in FACTS if name not in facts]
     if missing:
         raise ConfigError(

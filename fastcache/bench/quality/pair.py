@@ -23,7 +23,7 @@ class Pair:
     """
 
     def __init__(self, cell: QualityCell, longest: int) -> None:
-        from fastcache import LLM  # here, as it loads torch
+        from fastcache import LLM  # here, as it loads torch: what goes wrong with that becomes a row, too
 
         self.cell = cell
         self._compresses = cell.method not in (FULL, NO_CONTEXT)

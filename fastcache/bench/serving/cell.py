@@ -35,15 +35,11 @@ UNTIMED_S = 3.0
 COMPRESS_RATIO = 0.125
 
 
-def measure(
-    cell: ServingCell, save: Callable[[dict[str, Any]], None], make_llm: Any = None
-) -> dict[str, Any]:
+def measure(cell: ServingCell, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The rows of `cell`, whatever Python can catch; `save` gets all that is known after every rate."""
     result: dict[str, Any] = {"rows": blank_rows(cell), "requests": {}}
     try:
-        if make_llm is None:
-            from fastcache import LLM as make_llm
-        _measure(cell, result, save, make_llm)
+        _measure(cell, result, save)
     except Exception as error:  # whatever goes wrong is the result of the rates that were not measured
         if not isinstance(error, UserError):
             log.exception("cell %s", cell.id)
@@ -53,8 +49,10 @@ def measure(
     return result
 
 
-def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None], make_llm: Any) -> None:
-    llm = make_llm(**engine_options(cell))
+def _measure(cell: ServingCell, result: dict[str, Any], save: Callable[..., None]) -> None:
+    from fastcache import LLM  # here, as it loads torch: what goes wrong with that becomes rows, too
+
+    llm = LLM(**engine_options(cell))
     try:
         facts = llm.describe()
         known = {name: value for name, value in engine_facts(facts).items() if name in ENGINE_FACTS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -34,6 +34,13 @@ from fastcache.errors import ConfigError
 
 MAX_MODEL_LEN = 4096  # tokens per sequence where nothing else is said, as in the guide
 GREENCTX_VARIANTS = ("greenctx-only", "auto-tune+greenctx", "triad")
+
+
+def readable_id(parts: Sequence[str], content: Mapping[str, Any]) -> str:
+    """`parts` as a file may be called, unique through a hash of the whole content; nothing is ever parsed out of it."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in "-".join((*parts, digest)))
 
 
 @dataclass(frozen=True)
@@ -151,23 +158,15 @@ class CellConfig(StrictConfig):
             require(name in values, f"a cell needs `{name}`.")
         return super().from_dict(values)
 
-    def to_dict(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
-        content["method_params"] = dict(self.method_params)
-        return content
-
     @property
     def id(self) -> str:
-        """Readable, and unique through a hash of the whole content; nothing is ever parsed out of it."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         parts = [
             self.model,
             self.workload.name,
             f"c{self.workload.context}",
             f"o{self.workload.output}",
             f"b{self.batch_size}",
-            self.variant.replace("+", "-"),
+            self.variant,
         ]
         if self.workload.images:
             parts.append(f"i{self.workload.images}")
@@ -185,8 +184,7 @@ class CellConfig(StrictConfig):
             parts.append(f"p{self.num_pages}")
         if self.enable_prefix_caching:
             parts.append("prefix")
-        safe = "-".join(parts).replace("_", "-")
-        return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in safe) + "-" + digest
+        return readable_id(parts, self.to_dict())
 
     @property
     def model_len(self) -> int:

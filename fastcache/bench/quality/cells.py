@@ -14,8 +14,6 @@ Guard rows come by themselves: the full cache, the full cache in fp8, random evi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -23,6 +21,7 @@ from typing import Any
 
 from fastcache.bench import models
 from fastcache.bench.axes import ENGINE_KEYS, check_keys
+from fastcache.bench.cellconfig import readable_id
 from fastcache.compression.registry import METHODS
 from fastcache.config import StrictConfig, check_kv_dtype, one_of, open_interval, positive_int, require
 
@@ -139,12 +138,8 @@ class QualityCell(StrictConfig):
 
     @property
     def id(self) -> str:
-        """Readable, and unique by a digest of every field; nothing is parsed back out of it."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         ratio = [] if self.compression_ratio is None else [f"r{self.compression_ratio:g}"]
-        text = "-".join(["quality", self.model, self.label, *ratio])
-        return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in text) + "-" + digest
+        return readable_id(["quality", self.model, self.label, *ratio], self.to_dict())
 
 
 def expand_quality(config: Mapping[str, Any]) -> list[QualityCell]:

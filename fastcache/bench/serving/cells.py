@@ -16,15 +16,14 @@ policy `default` alone) and keeps the SLO's time per token where it can; `full` 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastcache.bench import models
 from fastcache.bench.axes import ENGINE_KEYS, check_keys
+from fastcache.bench.cellconfig import readable_id
 from fastcache.bench.serving.requests import OpenLoopConfig, positive
 from fastcache.compression.registry import METHODS
 from fastcache.config import StrictConfig, check_policy, one_of, ratio_of_factor, require
@@ -136,18 +135,10 @@ class ServingCell(StrictConfig):
 
     @property
     def id(self) -> str:
-        """Readable, and unique by a digest of every field; nothing is parsed back out of it."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-        parts = [
-            "serving",
-            self.model,
-            self.scheduled_by,
-            self.method if self.method == FULL else self._method.replace(" x", "-f"),
-        ]
+        method = self.method if self.method == FULL else self._method.replace(" x", "-f")
+        parts = ["serving", self.model, self.scheduled_by, method]
         parts += [] if self.immediate_release else ["held"]
-        text = "-".join(parts).replace("_", "-")
-        return "".join(ch if ch.isalnum() or ch in "-." else "-" for ch in text) + "-" + digest
+        return readable_id(parts, self.to_dict())
 
     def row_id(self, rate: float) -> str:
         return f"{self.id}-r{rate:g}"

@@ -13,7 +13,7 @@ from fastcache.bench import models
 from fastcache.bench.cellconfig import GREENCTX_VARIANTS
 from fastcache.bench.workloadconfig import WorkloadConfig
 from fastcache.config import VARIANTS, one_of, open_interval, positive_int, require
-from fastcache.errors import ConfigError, UnknownName
+from fastcache.errors import ConfigError
 
 MATRIX_KEYS = (
     "models",
@@ -85,7 +85,7 @@ def product(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             axes = {**config, **own_methods, **own}
             of_workload = _section(own, "engine", ENGINE_KEYS) | _section(own, "measure", MEASURE_KEYS)
             point = engine | measure | of_model | of_workload | source | {"workload": workload}
-            variants = _names("variant", _list(axes, "variants", VARIANTS), VARIANTS)
+            variants = _list(axes, "variants", VARIANTS)
             compressions, splits = list(_compressions(axes)), list(_splits(axes))
             sizes = _batch_sizes(config, name, entry, own.get("batch_sizes"))
             for size, policy in itertools.product(sizes, _list(axes, "policies", ("default",))):
@@ -133,8 +133,7 @@ def _workloads(
         require(isinstance(entry, Mapping) and "name" in entry, "each workload is a mapping with a `name`.")
         own = {key: entry[key] for key in WORKLOAD_AXES if key in entry}
         for name in own.get("models", ()):
-            if name not in model_names:
-                raise UnknownName(f"model of workload {entry['name']}", name, model_names)
+            one_of(f"model of workload {entry['name']}", name, model_names)
         found.append((WorkloadConfig.from_dict({k: v for k, v in entry.items() if k not in own}), own))
     return found
 
@@ -198,13 +197,6 @@ def complete_split(compress: float | None, main: float | None) -> tuple[float, f
     return compress, main
 
 
-def _names(kind: str, given: Iterable[str], allowed: tuple[str, ...]) -> list[str]:
-    names = list(dict.fromkeys(given))
-    for name in names:
-        one_of(kind, name, allowed)
-    return names
-
-
 def _list(config: Mapping[str, Any], key: str, default: Iterable[Any] | None) -> list[Any]:
     value = config.get(key)
     if value is None and default is not None:
@@ -225,5 +217,4 @@ def _section(config: Mapping[str, Any], key: str, allowed: Iterable[str]) -> dic
 def check_keys(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     for key in given:
-        if key not in allowed:
-            raise UnknownName(kind, key, allowed)
+        one_of(kind, key, allowed)

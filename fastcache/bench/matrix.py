@@ -4,7 +4,7 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
 
     models:       {ALIAS: {path, load_format, batch_sizes, methods, and any key of `engine`}}
     workloads:    [{name, and any key of `WorkloadConfig`; with what these requests are combined: models (aliases),
-                   batch_sizes, variants, methods, compression_factors, greenctx, engine, measure}]
+                   batch_sizes, variants, methods, compression_factors, greenctx, policies, engine, measure}]
     variants:     [names; baseline is added by itself]
     methods:      [names, or {name, params, head_budgets}; a model's own list comes before it]
     batch_sizes:  [positive integers; a model's or a workload's own list comes before it]
@@ -12,8 +12,7 @@ The config, as `config/config.yaml` writes it; only `models` and `workloads` mus
     greenctx:     {splits: [{compress_ratio, main_ratio}], main_stream, require, bound}
     policies:     [which of prefill, compression and decode runs next: default, fcfs, dynamic, p1c1d8, ...]
     engine:       {dtype, kv_dtype, device, gpu_mem_util, page_size, max_model_len, max_num_batched_tokens,
-                   num_pages, enable_prefix_caching, attention_backend, enforce_eager,
-                   immediate_release}
+                   num_pages, enable_prefix_caching, attention_backend, enforce_eager, immediate_release}
     machine:      {memory_gib}, with which cells that cannot fit are left out; {keep_process_s}, see bench/warm.py
     measure:      {repeats, warmup, seed, timeout_s}
 """

@@ -61,7 +61,7 @@ def serve(listener: socket.socket, keep_s: float, measure_one: Measure = measure
         except TimeoutError:
             continue
         with connection:
-            order = greet(connection, cells)
+            order = greet(connection)
             if order is None:  # a supervisor that ended, or would not wait, before it said what it wants
                 if not cells:
                     return  # the one that started this process
@@ -80,11 +80,11 @@ def serve(listener: socket.socket, keep_s: float, measure_one: Measure = measure
         last = time.monotonic()
 
 
-def greet(connection: socket.socket, cells: int) -> dict[str, Any] | None:
+def greet(connection: socket.socket) -> dict[str, Any] | None:
     """Say that it is this connection's turn and take its order; None if nobody is there."""
     connection.settimeout(ORDER_S)
     try:
-        send(connection, {"pid": os.getpid(), "cells": cells})
+        send(connection, {"pid": os.getpid()})
         content, descriptors, _, _ = socket.recv_fds(connection, 2**16, 1)
     except OSError:
         return None
@@ -167,10 +167,10 @@ def be_silent() -> None:
     os.close(nowhere)
 
 
-def process_of(pid: int | None) -> psutil.Process | None:
+def process_of(pid: int) -> psutil.Process | None:
     """The process with that id, for `is_gone`; None if there is none."""
     try:
-        return None if pid is None else psutil.Process(pid)
+        return psutil.Process(pid)
     except psutil.NoSuchProcess:
         return None
 

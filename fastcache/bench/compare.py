@@ -150,7 +150,7 @@ def format_comparison(found: Comparison) -> str:
     """A plain-text table, the largest loss first, then what only one of the two has."""
     pairs = sorted(found.pairs, key=lambda p: p.ratios["throughput_tok_s"] or 0.0)
     lines = [COLUMNS, *(_line(pair) for pair in pairs)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     table = [
         "  ".join(
             text.rjust(w) if i < 6 else text.ljust(w)
@@ -158,12 +158,9 @@ def format_comparison(found: Comparison) -> str:
         )
         for line in lines
     ]
-    only = [f"only in the {which}: {name}" for which, names in _only(found) for name in names]
+    sides = (("old set", found.only_old), ("new set", found.only_new))
+    only = [f"only in the {which}: {name}" for which, names in sides for name in names]
     return "\n".join(line.rstrip() for line in table + only)
-
-
-def _only(found: Comparison) -> tuple[tuple[str, list[str]], ...]:
-    return (("old set", found.only_old), ("new set", found.only_new))
 
 
 def _line(pair: Pair) -> tuple[str, ...]:

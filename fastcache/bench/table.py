@@ -63,19 +63,20 @@ COLUMNS = (
     "speed-up",
     "TTFT p50",
     "TPOT p50",
+    "KV kept",
+    "agree",
 )
 NUMBERS = ("batch", "tok/s", "speed-up", "TTFT p50", "TPOT p50", "KV kept", "agree")
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """A compact plain-text table of enriched rows; what was not measured is a dash."""
-    columns = (*COLUMNS, "KV kept", "agree")
-    lines = [columns, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    lines = [COLUMNS, *(_cells(row) for row in rows)]
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             text.rjust(width) if column in NUMBERS else text.ljust(width)
-            for column, text, width in zip(columns, line, widths, strict=True)
+            for column, text, width in zip(COLUMNS, line, widths, strict=True)
         ).rstrip()
         for line in lines
     )

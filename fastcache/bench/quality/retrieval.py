@@ -14,20 +14,8 @@ from fastcache.config import require
 
 Encode = Callable[[str], list[int]]
 
-NAMES = (
-    "Alice",
-    "Bruno",
-    "Clara",
-    "David",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Henry",
-    "Irene",
-    "Jonas",
-    "Karen",
-    "Louis",
-)
+NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas", "Karen",
+         "Louis")  # fmt: skip
 WORDS = ("violin", "lantern", "marble", "pepper", "anchor", "ribbon", "candle", "copper", "velvet", "thunder",
          "garden", "pencil", "silver", "window", "butter", "desert")  # fmt: skip
 COUNTRIES = ("Brazil", "Norway", "Egypt", "Japan", "Canada", "Kenya", "Chile", "Poland", "India", "Mexico",

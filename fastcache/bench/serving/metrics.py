@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fastcache.bench.metrics import percentile
+from fastcache.bench.metrics import percentile, tpot
 from fastcache.bench.serving.cells import ServingCell
 from fastcache.bench.serving.drive import Recording
 from fastcache.results import RequestMetrics, RequestOutput
@@ -98,9 +98,7 @@ def _queue(metrics: RequestMetrics) -> float:
 
 
 def _tpot(metrics: RequestMetrics) -> float | None:
-    if metrics.output_tokens < 2:
-        return None
-    return (metrics.finished_s - metrics.first_token_s) / (metrics.output_tokens - 1)
+    return tpot(metrics) if metrics.output_tokens > 1 else None
 
 
 def _gaps(done: Sequence[RequestMetrics]) -> list[float]:

@@ -8,15 +8,11 @@ OUTPUT.state when it is started again with the same arguments.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import logging
-import sys
 from pathlib import Path
-from typing import Any
 
+from fastcache.cli_training import add_files, add_run, add_settings, begin_log, source, tell
 from fastcache.cli_types import number, positive_int
-from fastcache.config import DEVICES, DTYPES, require
+from fastcache.config import require
 
 SETTINGS = {
     "steps": "optimiser steps",
@@ -36,25 +32,15 @@ SETTINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastcache.training.trainer import TrainConfig
 
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    parser.add_argument("--model", required=True, metavar="PATH", help="a local Hugging Face folder")
     material = parser.add_mutually_exclusive_group(required=True)
     material.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text to train on")
     material.add_argument("--shapes", action="store_true", help="train on pictures, networks for them too")
+    add_files(parser)
     parser.add_argument(
-        "--heldout", type=Path, metavar="FILE", help="UTF-8 text to judge on, of other documents"
+        "--factor", type=positive_int, default=TrainConfig.factor, help="entries merged into one"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.safetensors")
-    parser.add_argument(
-        "--factor", type=positive_int, default=defaults["factor"], help="entries merged into one"
-    )
-    for name, meaning in SETTINGS.items():
-        kind = number if isinstance(defaults[name], float) else int
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=defaults[name], help=meaning)
-    parser.add_argument("--device", default="auto", help=", ".join(DEVICES))
-    parser.add_argument(
-        "--dtype", default=None, choices=DTYPES, help="of the model; default bfloat16 on a GPU, else float32"
-    )
+    add_settings(parser, TrainConfig, SETTINGS)
+    add_run(parser)
     parser.add_argument(
         "--judge-windows", type=positive_int, default=64, help="held-out windows per context length"
     )
@@ -67,33 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="train for at most this long, with fewer steps if need be, and end as planned",
     )
-    parser.add_argument(
-        "--stop-after", type=number, metavar="SECONDS", help="save and stop then; exit code 3"
-    )
-
-
-STOPPED = 3
 
 
 def run(args: argparse.Namespace) -> int:
-    import fastcache.training as training
-    from fastcache.bench.provenance import git_commit, source_digest
     from fastcache.training.job import Job
     from fastcache.training.trainer import TrainConfig
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    begin_log()
     config = TrainConfig(factor=args.factor, **{name: getattr(args, name) for name in SETTINGS})
-    source = {"commit": git_commit(), "training_source": source_digest(Path(training.__file__).parent)}
     require(
         not (args.shapes and args.heldout),
         "--heldout is text; pictures that are held out come by themselves.",
     )
-    job = Job(args.model, args.text or [], args.heldout, args.output, config, args.device, args.dtype, source)
-    result: dict[str, Any] | None = job.run(
-        args.judge_contexts, args.judge_windows, args.stop_after, args.finish_within
+    job = Job(
+        args.model, args.text or [], args.heldout, args.output, config, args.device, args.dtype, source()
     )
-    if result is None:
-        sys.stderr.write(f"stopped early; start again to go on from {job.state_file}\n")
-        return STOPPED
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+    record = job.run(args.judge_contexts, args.judge_windows, args.stop_after, args.finish_within)
+    return tell(record, job.state_file)

@@ -7,14 +7,9 @@ short goes on from FOLDER.state when it is started again with the same arguments
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import logging
-import sys
 from pathlib import Path
 
-from fastcache.cli_types import number
-from fastcache.config import DEVICES
+from fastcache.cli_training import add_run, add_settings, begin_log, tell
 
 SETTINGS = {
     "steps": "optimiser steps",
@@ -27,35 +22,25 @@ SETTINGS = {
     "learning_rate": "highest learning rate",
     "seed": "of the first weights, the pictures and the questions",
 }
-STOPPED = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastcache.training.shapes_trainer import ShapesTrainConfig
 
-    defaults = {field.name: field.default for field in dataclasses.fields(ShapesTrainConfig)}
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument(
         "--start", type=Path, metavar="FOLDER", help="go on from this model's weights, with a new seed"
     )
-    for name, meaning in SETTINGS.items():
-        kind = number if isinstance(defaults[name], float) else int
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=defaults[name], help=meaning)
-    parser.add_argument("--device", default="auto", help=", ".join(DEVICES))
-    parser.add_argument(
-        "--stop-after", type=number, metavar="SECONDS", help="save and stop then; exit code 3"
-    )
+    add_settings(parser, ShapesTrainConfig, SETTINGS)
+    add_run(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from fastcache.training.shapes_trainer import ShapesTrainConfig, ShapesTrainer
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    begin_log()
     config = ShapesTrainConfig(**{name: getattr(args, name) for name in SETTINGS})
     state = args.output.with_name(args.output.name + ".state")
     trainer = ShapesTrainer(config, state, args.device, args.start)
-    if not trainer.run(stop_after_s=args.stop_after):
-        sys.stderr.write(f"stopped early; start again to go on from {state}\n")
-        return STOPPED
-    sys.stdout.write(json.dumps(trainer.finish(args.output)["heldout_accuracy"], indent=1) + "\n")
-    return 0
+    done = trainer.run(stop_after_s=args.stop_after)
+    return tell(trainer.finish(args.output)["heldout_accuracy"] if done else None, state)

@@ -16,7 +16,7 @@ from fastcache.compression.merge_checkpoint import MergeCheckpoint, read_checkpo
 from fastcache.compression.registry import create
 from fastcache.config import CompressionConfig
 from fastcache.engine.resolve import resolve_device
-from fastcache.errors import ConfigError, DatasetError
+from fastcache.errors import ConfigError
 from fastcache.models.config import load_model_config
 from fastcache.models.loader import load_model
 from fastcache.models.ops import Ops
@@ -24,7 +24,7 @@ from fastcache.tokenizer import load_tokenizer
 from fastcache.training.frozen import Cache, FrozenModel, Teacher
 from fastcache.training.judge import Compress, continuation_quality, eviction
 from fastcache.training.shapes_compressor import ShapesCompressorTrainer, pictures_of
-from fastcache.training.text import Corpus, even_windows, read_corpus, require_length
+from fastcache.training.text import even_windows, read_material
 from fastcache.training.trainer import TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ class Job:
         config: TrainConfig,
         device: str,
         dtype: str | None,
-        source: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any],
     ) -> None:
         if output.suffix != ".safetensors":
             raise ConfigError(f"output is {str(output)!r}; allowed is a name that ends in .safetensors.")
-        self.output, self.config, self.source = output, config, dict(source or {})
+        self.output, self.config, self.source = output, config, source
         self.state_file = output.with_suffix(".state")
         self.device = resolve_device(device)
         name = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
@@ -65,18 +65,9 @@ class Job:
             shape, model, "auto", self.dtype, self.device, shape.max_position_embeddings, 0, ops=Ops()
         )
         self.frozen = FrozenModel(weights)
-        tokenizer = load_tokenizer(model, required=True)
-        separator = min(shape.eos_token_ids, default=0)
-
-        def corpus(path: Path) -> Corpus:
-            return read_corpus(path, lambda t: tokenizer.encode(t, add_special_tokens=False), separator)
-
-        self.corpora = [corpus(path) for path in text]
-        self.heldout = corpus(heldout) if heldout is not None else None
-        for one in self.corpora:
-            require_length(one, config.context + config.continuation)
-        if self.heldout is not None and self.heldout.sha256 in {one.sha256 for one in self.corpora}:
-            raise DatasetError(f"{heldout} is also trained on; give held-out text of other documents.")
+        tokenizer, separator = load_tokenizer(model, required=True), min(shape.eos_token_ids, default=0)
+        length = config.context + config.continuation
+        self.corpora, self.heldout = read_material(text, heldout, tokenizer, separator, length)
 
     def run(
         self,

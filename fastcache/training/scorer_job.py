@@ -17,14 +17,14 @@ from fastcache.compression.states import StateFit
 from fastcache.compression.tensor_file import write_safetensors
 from fastcache.engine.replay import replay_prompt
 from fastcache.engine.resolve import resolve_device
-from fastcache.errors import ConfigError, DatasetError
+from fastcache.errors import ConfigError
 from fastcache.models.config import load_model_config
 from fastcache.models.loader import load_model
 from fastcache.tokenizer import load_tokenizer
 from fastcache.training.job import ATTENTION
 from fastcache.training.pairs import Teacher
 from fastcache.training.scorer import ScorerConfig, ScorerTrainer
-from fastcache.training.text import Corpus, even_windows, read_corpus, require_length
+from fastcache.training.text import even_windows, read_material
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,8 @@ class ScorerJob:
         self.device = resolve_device(device)
         name = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         shape = load_model_config(model, "auto")
-        tokenizer = load_tokenizer(model, required=True)
-        separator = min(shape.eos_token_ids, default=0)
-
-        def corpus(path: Path) -> Corpus:
-            return read_corpus(path, lambda t: tokenizer.encode(t, add_special_tokens=False), separator)
-
-        self.corpora = [corpus(path) for path in text]
-        for one in self.corpora:
-            require_length(one, config.context)
-        self.heldout = corpus(heldout) if heldout is not None else None
-        if self.heldout is not None and self.heldout.sha256 in {one.sha256 for one in self.corpora}:
-            raise DatasetError(f"{heldout} is also trained on; give held-out text of other documents.")
+        tokenizer, separator = load_tokenizer(model, required=True), min(shape.eos_token_ids, default=0)
+        self.corpora, self.heldout = read_material(text, heldout, tokenizer, separator, config.context)
         weights, info = load_model(
             shape, model, "auto", getattr(torch, name), self.device, shape.max_position_embeddings, 0
         )

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastcache.errors import DatasetError
+from fastcache.tokenizer import Tokenizer
 
 SEPARATOR = "\n\f\n"
 HELD_OUT_EVERY = 5
@@ -69,6 +70,26 @@ def read_corpus(path: Path, encode: Callable[[str], list[int]], separator_id: in
     if len(ids) < 2:
         raise DatasetError(f"text file {path} is empty; give one with running text.")
     return Corpus(path.name, torch.tensor(ids), hashlib.sha256(raw).hexdigest())
+
+
+def read_material(
+    text: Sequence[Path], heldout: Path | None, tokenizer: Tokenizer, separator_id: int, length: int
+) -> tuple[list[Corpus], Corpus | None]:
+    """What is trained on, files of at least `length` tokens each, and what is judged on, if anything.
+
+    Errors: `DatasetError`.
+    """
+
+    def read(path: Path) -> Corpus:
+        return read_corpus(path, lambda t: tokenizer.encode(t, add_special_tokens=False), separator_id)
+
+    corpora = [read(path) for path in text]
+    for one in corpora:
+        require_length(one, length)
+    judged = read(heldout) if heldout is not None else None
+    if judged is not None and judged.sha256 in {one.sha256 for one in corpora}:
+        raise DatasetError(f"{heldout} is also trained on; give held-out text of other documents.")
+    return corpora, judged
 
 
 def random_windows(corpora: Sequence[Corpus], length: int, count: int, seed: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcache.compression.states import StateFit, StateMethod
-from fastcache.compression.tensor_file import read_safetensors
+from fastcache.compression.tensor_file import DUMMY, check_dummy, identity, read_safetensors
 from fastcache.config import require
 from fastcache.errors import CheckpointError
 
 # Rows in float32 at once where the network is a single layer.
 ROWS = 4096
-# In place of a path: seeded networks as wide as the paper's are beside its models.
-DUMMY, DUMMY_SHARE = "dummy", 8
+DUMMY_SHARE = 8  # of the hidden size, the width of seeded networks: as the paper's are beside its models
 _NAME = re.compile(r"layers\.(\d+)\.(?:[02]\.)?(?:weight|bias)")
 
 Net = tuple[Tensor, ...]  # weight and bias of one linear layer, or of two with GELU between them
@@ -58,11 +56,7 @@ class KVzap(StateMethod):
         )
         if self.checkpoint != DUMMY:
             return KVzapRater(str(self.checkpoint), read_scorer(str(self.checkpoint))[0], fit)
-        require(
-            fit.dummy_weights,
-            f"checkpoint is {DUMMY!r}, which makes seeded networks that know nothing; allowed is that for a model with "
-            "dummy weights (load_format 'dummy'). Give the path of a checkpoint trained for this model.",
-        )
+        check_dummy(fit.dummy_weights)
         return KVzapRater(DUMMY, dummy_scorer(fit), fit)
 
 
@@ -92,10 +86,7 @@ class KVzapRater:
         return 2.0 * num_tokens * sum(tensor.numel() for tensor in self._nets[0] if tensor.ndim == 2)
 
     def describe(self) -> dict[str, Any]:
-        if self.path == DUMMY:
-            return {"kind": DUMMY, "sha256": None, "hidden": self.hidden}
-        digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
-        return {"kind": "checkpoint", "sha256": digest, "hidden": self.hidden}
+        return identity(self.path) | {"hidden": self.hidden}
 
 
 def rate(net: Net, hidden: Tensor) -> Tensor:

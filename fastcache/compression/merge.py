@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcache.compression.base import whole_number
+from fastcache.compression.transform import Spans
 from fastcache.config import StrictConfig, one_of
 
 BASES = ("none", "mean")
 KINDS = ("t", "i")  # text, image
 # weight and bias of three linear layers: (h, k d), (h,), (h, h), (h,), (d, h), (d,)
 Net = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Spans = Sequence[tuple[int, int]]  # (start, length) of each image, ascending
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fastcache.compression.merge import MergeLayout, Net
-from fastcache.compression.tensor_file import read_safetensors, write_safetensors
+from fastcache.compression.tensor_file import DUMMY, read_safetensors, write_safetensors
 from fastcache.errors import CheckpointError
 
-# In place of a path: seeded networks in the original's sizes, for dummy models alone (`dummy_checkpoint`).
-DUMMY, DUMMY_WIDTH = "dummy", 128
+DUMMY_WIDTH = 128  # of seeded networks, as of the original's
 LINEAR = (0, 3, 6)
 _NAME = re.compile(r"compress_(tk|tv|ik|iv)\.(\d+)\.(0|3|6)\.(weight|bias)")
 _UNUSED = re.compile(r"attention\.\d+\.(weight|bias)")

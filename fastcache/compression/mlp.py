@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,12 +13,12 @@ from torch import Tensor
 from fastcache.compression.base import LayerKV
 from fastcache.compression.merge import MergeLayout, MergePlan, Net, make_plan, merge_layer
 from fastcache.compression.merge_checkpoint import (
-    DUMMY,
     MergeCheckpoint,
     check_shapes,
     dummy_checkpoint,
     read_checkpoint,
 )
+from fastcache.compression.tensor_file import DUMMY, check_dummy, identity
 from fastcache.compression.transform import BoundTransform, ModelFit, Spans, TransformMethod
 from fastcache.config import require
 from fastcache.errors import CheckpointError, ConfigError
@@ -84,11 +82,7 @@ class MLP(TransformMethod):
     def _read(self, fit: ModelFit, factor: int) -> MergeCheckpoint:
         if self.checkpoint != DUMMY:
             return read_checkpoint(str(self.checkpoint))
-        require(
-            fit.dummy_weights,
-            f"checkpoint is {DUMMY!r}, which makes seeded networks that know nothing; allowed is that for a model with "
-            "dummy weights (load_format 'dummy'). Give the path of a checkpoint trained for this model.",
-        )
+        check_dummy(fit.dummy_weights)
         return dummy_checkpoint(fit.num_layers, fit.head_dim, factor, fit.images)
 
 
@@ -128,15 +122,12 @@ class BoundMLP(BoundTransform):
         return True
 
     def describe(self) -> dict[str, Any]:
-        layout, unused, path = self.layout, len(self._checkpoint.unused), self._checkpoint.path
-        dummy = path == DUMMY
-        return {
-            "kind": "dummy" if dummy else "checkpoint",
-            "sha256": None if dummy else hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        layout = self.layout
+        return identity(self._checkpoint.path) | {
             "factor": layout.factor,
             "n_sink": layout.n_sink,
             "recent": layout.recent,
-            "unused": unused,
+            "unused": len(self._checkpoint.unused),
         }
 
 

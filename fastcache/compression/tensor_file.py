@@ -1,7 +1,8 @@
-"""Safetensors files of trained compressors, with what is to be known of them as JSON inside."""
+"""Checkpoints of methods with trained weights: safetensors files, with what is to be known of them as JSON inside."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,9 +13,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastcache.config import require
 from fastcache.errors import CheckpointError
 
 METADATA = "fastcache"
+# In place of a path: seeded networks, for models whose weights are seeded, too.
+DUMMY = "dummy"
+
+
+def check_dummy(dummy_weights: bool) -> None:
+    """Whether the model's weights are seeded. Errors: `ConfigError` if not."""
+    require(
+        dummy_weights,
+        f"checkpoint is {DUMMY!r}, which makes seeded networks that know nothing; allowed is that for a model with "
+        "dummy weights (load_format 'dummy'). Give the path of a checkpoint trained for this model.",
+    )
+
+
+def identity(checkpoint: str) -> dict[str, Any]:
+    """Which weights these are: seeded ones, or a file's."""
+    if checkpoint == DUMMY:
+        return {"kind": DUMMY, "sha256": None}
+    return {"kind": "checkpoint", "sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()}
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

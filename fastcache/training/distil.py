@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcache.compression.merge import Spans, make_plan, merge_layer
+from fastcache.compression.merge import make_plan, merge_layer
+from fastcache.compression.transform import Spans
 from fastcache.training.frozen import Cache, FrozenModel
 from fastcache.training.networks import MergeNetworks
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcache.compression.merge import MergeLayout, Net, Spans, rotate
+from fastcache.compression.merge import MergeLayout, Net, rotate
 from fastcache.compression.merge_checkpoint import LINEAR, tensor_name
+from fastcache.compression.transform import Spans
 from fastcache.training.frozen import Cache
 
 TEXT, IMAGES = ("tk", "tv"), ("ik", "iv")

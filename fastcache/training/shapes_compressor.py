@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastcache.compression.transform import Spans
 from fastcache.errors import ModelFolderError
 from fastcache.models.config import read_json
 from fastcache.models.llava import Llava
@@ -23,7 +24,6 @@ from fastcache.training.shapes_model import IMAGE_ID, PAD_ID, vocabulary
 from fastcache.training.trainer import CALIBRATION_WINDOWS, TrainConfig, Trainer
 
 ASKED = 6  # questions over each context
-Spans = tuple[tuple[int, int], ...]
 
 
 class ShapesCompressorTrainer(Trainer):

@@ -71,7 +71,9 @@ clean:
 	rm -rf results/cells results/plan results/figures results/logs results/benchmarks results/environment \
 		results/recorded results/plan.json results/rows.jsonl results/table.csv results/status.json \
 		results/report.html results/gate.txt results/estimate.json results/history.jsonl \
-		results/quality results/quality.jsonl results/quality.csv results/quality-status.json
+		results/quality results/quality.jsonl results/quality.csv results/quality-status.json \
+		results/serving results/serving.jsonl results/serving.csv results/serving-status.json \
+		results/serving.html results/serving-gate.txt
 
 # A stamp per set of pins: installing again only when they change.
 $(VENV)/.runtime: envs/cpu.txt pyproject.toml

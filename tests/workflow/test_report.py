@@ -268,7 +268,7 @@ def test_rows_of_two_commits_are_called_out(page):
 
 def test_a_row_that_breaks_the_schema_reaches_no_figure(tmp_path, measured):
     broken = [{**measured[0], "throughput_tok_s": -1}]
-    with pytest.raises(AssertionError, match=r"breaks row.schema.yaml at throughput_tok_s"):
+    with pytest.raises(AssertionError, match=r"breaks the schema 'A measured cell' at throughput_tok_s"):
         build(tmp_path, broken)
 
 

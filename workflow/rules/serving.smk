@@ -40,6 +40,7 @@ rule serving_table:
     input:
         rows=serving_rows_of,
         script=script("serving_table.py"),
+        shared=script("make_table.py"),
         schema=str(SCHEMAS / "serving.schema.yaml"),
     output:
         rows="{results}/serving.jsonl",

@@ -44,7 +44,8 @@ def check_rows(rows: Iterable[Row], schema: Mapping[str, Any]) -> None:
         error = jsonschema.exceptions.best_match(checker.iter_errors(row))
         if error is not None:
             where = ".".join(str(part) for part in error.absolute_path) or "the row"
-            sys.exit(f"row {row.get('cell_id')!r} breaks row.schema.yaml at {where}: {error.message}")
+            name = row.get("row_id") or row.get("cell_id")
+            sys.exit(f"row {name!r} breaks the schema {schema['title']!r} at {where}: {error.message}")
 
 
 def judge(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
-from make_table import as_csv, judge, write
+from make_table import as_csv, check_rows, judge, write
 
 Row = dict[str, Any]
 NESTED = ("pages_over_time", "device", "decisions")
@@ -26,16 +24,6 @@ def read_rows(sources: list[Path]) -> list[Row]:
         else:
             rows += json.loads(text)["rows"]
     return rows
-
-
-def check_rows(rows: list[Row], schema: dict[str, Any]) -> None:
-    """Errors: SystemExit with the row and the field."""
-    checker = jsonschema.Draft202012Validator(schema)
-    for row in rows:
-        error = jsonschema.exceptions.best_match(checker.iter_errors(row))
-        if error is not None:
-            where = ".".join(str(part) for part in error.absolute_path) or "the row"
-            sys.exit(f"row {row.get('row_id')!r} breaks serving.schema.yaml at {where}: {error.message}")
 
 
 def main() -> None:

@@ -171,11 +171,7 @@ def serving_model_files(wildcards):
     """What an engine reads."""
     cell = SERVING[wildcards.serving_cell]
     files = [file for file in (cell.workload.trace, cell.workload.dataset) if file]
-    if cell.model_path is None:
-        return files
-    if cell.model_path == str(Path(rules.get_smollm2.output.weights).parent):
-        return [*files, rules.get_smollm2.output.weights]
-    return [*files, f"{cell.model_path}/config.json"]
+    return [*files, *files_of_model(cell.model_path)]
 
 
 def holds_serving_rows(name):

@@ -48,7 +48,6 @@ rule quality_table:
         status="{results}/quality-status.json",
     log:
         "{results}/logs/quality_table.log",
-    localrule: True
     conda:
         "../../envs/cpu.yaml"
     params:
@@ -80,7 +79,6 @@ rule plot_quality:
         csv="{results}/figures/quality.csv",
     log:
         "{results}/logs/plot_quality.log",
-    localrule: True
     conda:
         "../../envs/cpu.yaml"
     message:

@@ -25,6 +25,7 @@ from fastcache.bench.matrix import CellConfig
 from fastcache.bench.quality.cells import QualityCell
 from fastcache.bench.quality.row import blank_row as blank_quality_row
 from fastcache.bench.row import blank_row, failure, write_json
+from fastcache.config import StrictConfig
 
 KINDS = {"speed": CellConfig, "quality": QualityCell}
 BLANK = {CellConfig: blank_row, QualityCell: blank_quality_row}
@@ -36,17 +37,22 @@ GRACE_S = 5.0
 
 def measure(cell: CellConfig | QualityCell, plan: Path, target: Path, command: list[str], log: Path) -> int:
     """Run `command PLAN --output TARGET`; afterwards TARGET holds a row, unless 2 (the user's mistake) is returned."""
-    write_json(plan, cell.to_dict())
-    target.unlink(missing_ok=True)
-    with log.open("w", encoding="utf-8") as out:
-        child = subprocess.Popen([*command, str(plan), "--output", str(target)], stdout=out, stderr=out)
-        code = wait_while_wanted(child)
+    code = run(cell, plan, target, command, log)
     if code == USER_ERROR:
         return USER_ERROR
     if code != 0 or read_row(target, cell) is None:
         message = f"`{' '.join(command)}` ended with code {code} and left no row; its messages are in {log}."
         write_json(target, BLANK[type(cell)](cell) | failure("crashed", "SupervisorDied", message))
     return 0
+
+
+def run(cell: StrictConfig, plan: Path, target: Path, command: list[str], log: Path) -> int:
+    """The exit code of `command PLAN --output TARGET`; what was in TARGET before is gone."""
+    write_json(plan, cell.to_dict())
+    target.unlink(missing_ok=True)
+    with log.open("w", encoding="utf-8") as out:
+        child = subprocess.Popen([*command, str(plan), "--output", str(target)], stdout=out, stderr=out)
+        return wait_while_wanted(child)
 
 
 def wait_while_wanted(child: subprocess.Popen[Any]) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from measure_cell import USER_ERROR, wait_while_wanted
+from measure_cell import USER_ERROR, run
 
 from fastcache.bench.row import failure, write_json
 from fastcache.bench.serving.cells import ServingCell
@@ -17,11 +16,7 @@ from fastcache.bench.serving.row import blank_rows
 
 def measure(cell: ServingCell, plan: Path, target: Path, command: list[str], log: Path) -> int:
     """Afterwards `target` holds a row per rate, unless 2 (the user's mistake) is returned."""
-    write_json(plan, cell.to_dict())
-    target.unlink(missing_ok=True)
-    with log.open("w", encoding="utf-8") as out:
-        child = subprocess.Popen([*command, str(plan), "--output", str(target)], stdout=out, stderr=out)
-        code = wait_while_wanted(child)
+    code = run(cell, plan, target, command, log)
     if code == USER_ERROR:
         return USER_ERROR
     if code != 0 or not target.is_file():

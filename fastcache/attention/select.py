@@ -9,7 +9,7 @@ import torch
 from fastcache.attention import flashinfer
 from fastcache.attention.base import AttentionBackend, HeadShape
 from fastcache.attention.torch_sdpa import TorchSDPA
-from fastcache.errors import UnknownName
+from fastcache.config import one_of
 from fastcache.kvcache.pool import KVPool
 
 BACKENDS = {"torch-sdpa": TorchSDPA, "flashinfer": flashinfer.FlashInfer}
@@ -22,8 +22,7 @@ def select_backend(name: str, pool: KVPool, heads: HeadShape, device: torch.devi
 
     Errors: `UnknownName`; `UnsupportedCombination` when the named backend cannot serve this device and dtype.
     """
-    if name not in ("auto", *BACKENDS):
-        raise UnknownName("attention backend", name, ("auto", *BACKENDS))
+    one_of("attention backend", name, ("auto", *BACKENDS))
     if name == "auto":
         reason = flashinfer.unsupported(pool, device)
         name = "flashinfer" if reason is None else "torch-sdpa"

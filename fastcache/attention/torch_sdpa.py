@@ -2,8 +2,7 @@
 
 Works on any device and is the oracle of the fast backends. Like them, prompts that start in a step attend their own
 keys and values as the model computed them; what was stored before is read back from the pool, which may hold fewer
-bits. Query heads that share a KV head are laid side by
-side as extra queries, so keys and values are never repeated.
+bits. Query heads that share a KV head are laid side by side as extra queries, so keys and values are never repeated.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def test_every_method_is_in_the_table_and_a_wrong_answer_is_marked():
         "dtypes": ["float32"],
         "models": ["m"],
         "best": quality_findings.best_per_budget(found),
+        "apart": quality_findings.APART,
         "pictures": quality_findings.pictures([*rows, other]),
         "score": found[0]["score_name"],
         "skipped": [],
@@ -76,3 +77,4 @@ def test_every_method_is_in_the_table_and_a_wrong_answer_is_marked():
     assert page.count("<img ") == 1 and 'src="data:image/png;base64,iVBORw0KGgo="' in page
     assert "questions about pictures answered" in page
     assert "Perplexity" not in page and "text:" not in page  # of tasks that this run has not
+    assert page.count("<td>none</td>") == 1 and "The best guard is" in page

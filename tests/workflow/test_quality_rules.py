@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
 import quality_findings
 
 TASKS = [
@@ -73,6 +74,10 @@ def row(label, ratio, score, share, guard=False, skipped=None):
     }
 
 
+def best_of(rows):
+    return quality_findings.best_per_budget(quality_findings.points(rows))
+
+
 def test_the_best_method_of_a_budget_is_no_guard_and_is_compared_with_the_whole_cache():
     rows = [
         row("full", None, 0.9, 1.0, guard=True),
@@ -81,10 +86,35 @@ def test_the_best_method_of_a_budget_is_no_guard_and_is_compared_with_the_whole_
         row("b", 0.5, 0.8, 0.5),
         row("a", 0.8, 0.2, 0.2),
     ]
-    best = quality_findings.best_per_budget(quality_findings.points(rows))
+    best = best_of(rows)
     assert [(b["budget"], b["label"], b["of"]) for b in best] == [(0.5, "b", 2), (0.2, "a", 1)]
     assert [round(b["loss"], 3) for b in best] == [0.1, 0.7]
     skipped = [
         r | {"tasks": r["tasks"] | {"needles4": r["tasks"]["needles4"] | {"skipped": "no"}}} for r in rows
     ]
     assert {p["score"] for p in quality_findings.points(skipped)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("score", "beats"), [(0.7, "yes"), (0.55, "not told apart"), (0.3, "not told apart"), (0.2, "no")]
+)
+def test_the_best_method_is_held_against_the_best_guard_that_holds_no_more_bytes(score, beats):
+    """With errors of 0.05 each, scores are told apart from 0.141 on."""
+    guards = [
+        row("full", None, 0.9, 1.0, guard=True),
+        row("full fp8", None, 0.85, 0.5, guard=True),
+        row("random", 0.8, 0.42, 0.198, guard=True),
+        row("no context", None, 0.0, 0.0, guard=True),
+    ]
+    (best,) = best_of([*guards, row("snapkv", 0.8, score, 0.2), row("streaming_llm", 0.8, 0.1, 0.2)])
+    assert (best["label"], best["rival"]["label"], best["beats"]) == ("snapkv", "random", beats)
+    (merged,) = best_of([*guards, row("mlp", 0.5, 0.9, 0.5)])
+    assert (merged["rival"]["label"], merged["beats"]) == ("full fp8", "not told apart")
+
+
+def test_a_best_method_without_a_guard_or_without_errors_claims_nothing():
+    alone = [row("full", None, 0.9, 1.0, guard=True), row("a", 0.5, 0.7, 0.5)]
+    assert [(b["rival"], b["beats"]) for b in best_of(alone)] == [(None, None)]
+    guard = row("random", 0.5, 0.1, 0.5, guard=True)
+    guard["tasks"]["needles4"]["accuracy_se"] = None
+    assert [(b["rival"]["label"], b["beats"]) for b in best_of([*alone, guard])] == [("random", None)]

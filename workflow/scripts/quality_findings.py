@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ NAMES = {
     ("kv_lookup", "accuracy"): "keys looked up",
     ("continuation", "top1"): "same likeliest next token as the whole cache",
 }
+# Standard errors of a difference that tell two scores apart; the best of several is flattered, so one would be few.
+APART = 2.0
 
 
 def score_of(rows: Sequence[Row]) -> tuple[str, str] | None:
@@ -88,7 +91,8 @@ def _settings(row: Row) -> tuple[Any, ...]:
 
 
 def best_per_budget(found: Sequence[Row]) -> list[Row]:
-    """For each model and distinct share of KV bytes (to the percent) the best method, and what the whole cache does."""
+    """For each model and distinct share of KV bytes (to the percent) the best method, beside what the whole cache does
+    and the best guard that holds no more bytes."""
     lines = []
     for model in dict.fromkeys(point["model"] for point in found):
         own = [p for p in found if p["model"] == model and p["score"] is not None]
@@ -100,8 +104,26 @@ def best_per_budget(found: Sequence[Row]) -> list[Row]:
         for share in sorted(budgets, reverse=True):
             best = max(budgets[share], key=lambda p: p["score"])
             loss = None if full is None else full["score"] - best["score"]
-            lines.append({**best, "budget": share, "of": len(budgets[share]), "loss": loss})
+            beside = _beside_guard(best, own, share)
+            lines.append({**best, "budget": share, "of": len(budgets[share]), "loss": loss} | beside)
     return lines
+
+
+def _beside_guard(best: Row, own: Sequence[Row], share: float) -> Row:
+    """The best guard within `share`, and whether `best` beats it: yes, no, or not told apart. The errors are taken as
+    independent, which asks for more than paired ones would."""
+    guards = [
+        p for p in own if p["guard"] and p["label"] != "full" and round(p["kv_bytes_share"], 2) <= share
+    ]
+    if not guards:
+        return {"rival": None, "beats": None}
+    rival = max(guards, key=lambda p: (p["score"], p["kv_bytes_share"]))
+    errors = (best["score_se"], rival["score_se"])
+    if None in errors:
+        return {"rival": rival, "beats": None}
+    difference = best["score"] - rival["score"]
+    clear = abs(difference) > APART * math.hypot(*errors)
+    return {"rival": rival, "beats": ("yes" if difference > 0 else "no") if clear else "not told apart"}
 
 
 def pictures(rows: Sequence[Row]) -> list[Row]:

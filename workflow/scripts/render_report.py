@@ -113,6 +113,7 @@ def quality_facts(quality: Sequence[Row], rows: Sequence[Row], figures: Path) ->
         "dtypes": distinct(row["dtype"] for row in quality),
         "models": distinct(row["model"] for row in quality),
         "best": quality_findings.best_per_budget(found),
+        "apart": quality_findings.APART,
         "pictures": quality_findings.pictures(quality),
         "score": next((point["score_name"] for point in found), None),
         "skipped": sorted({t["skipped"] for row in quality for t in row["tasks"].values() if t["skipped"]}),

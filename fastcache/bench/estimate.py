@@ -10,13 +10,15 @@ import heapq
 import math
 import shutil
 import statistics
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from fastcache.bench.cellconfig import CellConfig
 from fastcache.bench.compare import work_of
-from fastcache.bench.fits import dtype_of, kv_bytes_per_token, shape_of
+from fastcache.bench.fits import GIB, dtype_of, kv_bytes_per_token, shape_of
 from fastcache.bench.work import ITEM_BYTES, prefill_flops, step_bytes
 
 Row = Mapping[str, Any]
@@ -45,13 +47,18 @@ class Rates:
     device: str
 
 
-def estimates(cells: Iterable[CellConfig], rows: Sequence[Row]) -> dict[str, Estimate | None]:
-    """An estimate for each cell id, None where nothing is known. Rows that come first are preferred."""
+def estimates(
+    cells: Iterable[CellConfig], rows: Sequence[Row], memory_gib: float | None = None
+) -> dict[str, Estimate | None]:
+    """An estimate for each cell id, None where nothing is known. Rows that come first are preferred. `memory_gib`: of
+    the GPU that is there, which decides how many requests it holds at once; None takes that of the rows' GPU."""
     known = [row for row in rows if row["status"] == "ok"]
     by_work: dict[str, Row] = {}
     for row in known:
         by_work.setdefault(work_of(row), row)
     rates = {kind: rates_of([r for r in known if r["device"]["kind"] == kind]) for kind in ("cuda", "cpu")}
+    if rates["cuda"] is not None and memory_gib is not None:
+        rates["cuda"] = replace(rates["cuda"], memory_bytes=int(memory_gib * GIB))
     found: dict[str, Estimate | None] = {}
     for cell in cells:
         row = by_work.get(work_of({"cell": cell.to_dict(), "cell_id": cell.id}))
@@ -109,6 +116,17 @@ def _kind(device: str) -> str:
     if device == "auto":
         return "cuda" if shutil.which("nvidia-smi") else "cpu"
     return device.split(":")[0]
+
+
+@cache
+def smallest_gpu_gib() -> float | None:
+    """Memory of the smallest GPU that the driver tells of; None where there is no driver or it does not say."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return min(float(mib) for mib in answer.splitlines() if mib.strip()) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def _at_once(cell: CellConfig, shape: Any, rate: Rates, per_token: int, kept: float) -> int:

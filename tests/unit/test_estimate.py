@@ -15,6 +15,7 @@ from fastcache.bench.estimate import (
     from_json,
     last_end,
     outlook,
+    smallest_gpu_gib,
     to_json,
 )
 from fastcache.bench.matrix import expand
@@ -88,6 +89,52 @@ def test_a_small_pool_means_more_steps():
         estimates(cells(engine=MATRIX["engine"] | pool), [seen]) for pool in ({}, {"num_pages": 20})
     )
     assert max(e.seconds for e in halved.values()) > max(e.seconds for e in whole.values())
+
+
+ON_GPU = MATRIX | {
+    "models": {"qwen3-8b": {"load_format": "dummy"}},
+    "workloads": [{"name": "synthetic-long", "context": 3968, "output": 128}],
+    "batch_sizes": [256],
+    "engine": {"device": "cuda", "dtype": "bfloat16"},
+}
+
+
+def test_a_larger_gpu_than_that_of_the_rows_holds_more_requests_at_once():
+    """Qwen3-8B's weights are 15.3 GiB, and a request of 4,096 tokens 0.5625: 100 of them in 72 GiB, 195 in 125."""
+    baseline = expand(ON_GPU).cells[0]
+    known = row(baseline)["device"] | {"kind": "cuda", "name": "Small GPU", "memory_bytes": 80 * 2**30}
+    seen = row(expand(ON_GPU | {"batch_sizes": [1]}).cells[0], device=known)
+    copy_s = step_bytes(load_model_config("qwen3-8b", "dummy"), "bfloat16") / (
+        seen["decode_mbu"] * seen["ceiling_copy_bytes_s"]
+    )
+
+    def waves_less_than_on_the_small_one(memory_gib: float | None) -> float:
+        there, here = (estimates([baseline], [seen], m)[baseline.id].seconds for m in (None, memory_gib))
+        return (there - here) / (127 * copy_s * (baseline.repeats + baseline.warmup * 3 / 128))
+
+    waves = [waves_less_than_on_the_small_one(m) for m in (None, 80, 139, 300)]
+    assert waves == pytest.approx([0, 0, 1, 2])  # of 3, 3, 2 and 1
+    assert "rates seen on Small GPU" in estimates([baseline], [seen], 139)[baseline.id].source
+
+
+def test_the_memory_of_a_gpu_says_nothing_of_a_cpu():
+    seen = row(cells(batch_sizes=[1])[0])
+    assert estimates(cells(), [seen], 0.001) == estimates(cells(), [seen])
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"), [("143771\n81559\n", 81559 / 1024), ("[N/A]\n", None), ("", None)]
+)
+def test_the_driver_is_asked_for_the_smallest_gpu(tmp_path, monkeypatch, said, memory):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    smallest_gpu_gib.cache_clear()
+    assert smallest_gpu_gib() is None  # no driver here
+    smallest_gpu_gib.cache_clear()
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    tool.chmod(0o755)
+    assert smallest_gpu_gib() == memory
+    smallest_gpu_gib.cache_clear()
 
 
 def test_nothing_is_made_up_where_nothing_is_known():

@@ -13,11 +13,20 @@ import time
 from pathlib import Path
 
 import gpu_token
+import progress
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import MATRIX, ROOT
+
+from fastcache.bench.matrix import expand
 
 FAKE_SLURM = Path(__file__).with_name("fake_slurm")
+BIG = {
+    "models": {"qwen3-8b": {"load_format": "dummy"}},
+    "workloads": [{"name": "synthetic-long", "context": 3900, "output": 130}],
+    "batch_sizes": [200],
+    "engine": {"device": "cuda"},
+}
 SLURM = ("--workflow-profile", str(ROOT / "workflow/profiles/slurm"))
 
 
@@ -181,6 +190,29 @@ def test_what_fits_is_judged_by_the_machine_and_not_by_the_shipped_config(workpl
         (workplace.folder / "machine.yaml").write_text(f"machine: {{memory_gib: {memory}}}\n")
         planned = succeed(workplace.snakemake("--configfile", paper, "machine.yaml", "--dry-run"))
         assert re.search(rf"^measure_cell +{cells}$", planned, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "reckoned"), [("cuda", 139.8, 139.8), ("cuda", None, 39.4), ("cpu", None, None)]
+)
+def test_the_estimate_reckons_with_the_configs_memory_or_the_drivers(monkeypatch, device, given, reckoned):
+    asked = []
+    monkeypatch.setattr(progress, "smallest_gpu_gib", lambda: 39.4)
+    monkeypatch.setattr(progress, "estimates", lambda cells, rows, memory: asked.append(memory))
+    cells = expand(MATRIX | {"engine": {"device": device}}).cells
+    progress.estimate({cell.id: cell for cell in cells}, ROOT, given)
+    assert asked == [reckoned]
+
+
+def test_a_run_is_estimated_for_the_memory_its_config_names(workplace, succeed):
+    """Published rows tell an H100's rates; with 40 GiB, fewer of these requests decode at once than with 139."""
+    seconds = []
+    for memory in (40, 139):
+        workplace.configure(**BIG, machine={"memory_gib": memory})
+        succeed(workplace.snakemake("--", "results/plan.json"))
+        entries = json.loads((workplace.folder / "results/estimate.json").read_text())["cells"].values()
+        seconds.append(sum(entry["seconds"] for entry in entries))
+    assert seconds[0] > seconds[1]
 
 
 def test_the_slurm_profile_plans_every_shipped_gpu_config(workplace, succeed):

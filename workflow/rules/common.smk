@@ -51,7 +51,7 @@ SERVING_FIGURES = expand(
 )
 
 # Seconds of each cell, as far as rows tell; None where none does.
-ESTIMATES = progress.estimate(CELLS, BASE)
+ESTIMATES = progress.estimate(CELLS, BASE, config.get("machine", {}).get("memory_gib"))
 
 if stale_lock.clear_if_dead():
     logger.warning("The last run here was killed; its lock is removed.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcache.bench.estimate import Estimate, estimates, from_json, outlook, to_json
+from fastcache.bench.estimate import Estimate, estimates, from_json, outlook, smallest_gpu_gib, to_json
 from fastcache.bench.matrix import CellConfig
 from fastcache.bench.provenance import source_digest
 
@@ -16,9 +16,13 @@ ESTIMATES = Path("results/estimate.json")
 PUBLISHED = Path("results/published")
 
 
-def estimate(cells: Mapping[str, CellConfig], base: Path) -> dict[str, Estimate | None]:
-    """Of every cell, from rows of this checkout and published ones."""
-    return estimates(cells.values(), earlier_rows(cells, base))
+def estimate(
+    cells: Mapping[str, CellConfig], base: Path, memory_gib: float | None
+) -> dict[str, Estimate | None]:
+    """Of every cell, from rows of this checkout and published ones; `memory_gib`: the config's, else the driver's."""
+    if memory_gib is None and any(cell.device != "cpu" for cell in cells.values()):
+        memory_gib = smallest_gpu_gib()
+    return estimates(cells.values(), earlier_rows(cells, base), memory_gib)
 
 
 def announce(found: Mapping[str, Estimate | None], quality: Iterable[str], at_once: int) -> str:

@@ -12,6 +12,8 @@ import plot_pools
 import plot_throughput
 import plotting
 import pytest
+import render_report
+from conftest import ROOT
 from rows import SMALL_MATRIX, failed_row, row, rows_of
 
 from fastcache.bench.matrix import expand
@@ -88,6 +90,29 @@ def test_columns_beyond_the_page_go_to_the_next_line(columns):
     heights = [[round(ax.get_subplotspec().rowspan.start) for ax in line] for line in axes]
     assert max(heights[0]) < min(heights[1]) and len(set(heights[0])) == -(-columns // plotting.BESIDE)
     plotting.plt.close(figure)
+
+
+def test_a_panel_alone_takes_less_of_the_page_and_its_legend_fits():
+    one = expand(SMALL_MATRIX | {"methods": ["snapkv"], "workloads": SMALL_MATRIX["workloads"][:1]}).cells
+    figure, _ = plot_throughput.draw(plotting.frame(enrich([row(cell) for cell in one])))
+    pair, _ = plot_latency.draw(plotting.frame(enrich([row(cell) for cell in one])))
+    assert len(figure.axes) == 1 and len(pair.axes) == 2
+    assert figure.get_size_inches()[0] == pytest.approx(0.6 * pair.get_size_inches()[0], rel=0.01)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and len(figure.legends[0].get_texts()) == 5
+    for drawn in (figure, pair):
+        plotting.plt.close(drawn)
+
+
+@pytest.mark.parametrize(
+    ("points", "look"), [("338.4", ' style="--share: 0.603"'), ("561.6", ""), ("842.4", "")]
+)
+def test_a_narrow_figure_is_not_blown_up_to_the_width_of_the_page(tmp_path, points, look):
+    (tmp_path / "a.svg").write_text(f'<?xml?>\n<svg xmlns:x="y" width="{points}pt" height="9pt">\n</svg>')
+    svg = render_report.inline_svg(tmp_path / "a.svg", "a", "words")
+    assert svg.startswith(f'<svg role="img" aria-label="words"{look} xmlns')
+    assert "var(--share, 1)" in (ROOT / "report/style.css").read_text()
 
 
 def test_pools_show_where_compression_pays():

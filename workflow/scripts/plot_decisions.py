@@ -12,8 +12,7 @@ KINDS = {"prefill": "o", "decode": "s", "mixed": "^", "aside": "D", "beside": "v
 
 def draw(cells: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     decided = [row for row in cells["row"] if row.get("decisions")]
-    panels, width = (["predicted", "spread"], 3.9) if decided else (["spread"], 7.8)
-    fig, axes = plotting.grid([""], panels, width=width, height=3.2)
+    fig, axes = plotting.grid([""], ["predicted", "spread"] if decided else ["spread"], height=3.2)
     points = _predictions(axes[0][0], decided) if decided else []
     shown = plotting.largest(cells)
     points += _spread(axes[0][-1], shown)

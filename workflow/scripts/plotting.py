@@ -30,6 +30,8 @@ VARIANT_COLOURS = {
     "triad": "#CC79A7",
 }
 BESIDE = 3  # panels across the page
+PANEL = 3.9  # inches, one of several
+ALONE = 4.7  # inches, a panel that has the page to itself: 60 % of the width of two
 MARKERS = "osD^vP*X"
 
 
@@ -128,13 +130,17 @@ def theme() -> None:
     )
 
 
-def grid(rows: Sequence[str], columns: Sequence[str], width: float = 3.9, height: float = 2.6) -> tuple:
-    """(figure, axes[row][column]). Rows of one column stand beside each other, and many columns in several lines."""
+def grid(
+    rows: Sequence[str], columns: Sequence[str], width: float | None = None, height: float = 2.6
+) -> tuple:
+    """(figure, axes[row][column]). Rows of one column stand beside each other, and many columns in several lines.
+    `width`: inches of a panel, as usual where it is None."""
     theme()
     beside = min(len(rows), BESIDE) if len(columns) == 1 else 1
     folds = -(-len(columns) // BESIDE)
     each = -(-len(columns) // folds)
     lines, across = -(-len(rows) // beside) * folds, beside * each
+    width = (ALONE if across == 1 else PANEL) if width is None else width
     size = (width * across, height * lines + 0.5)
     fig, axes = plt.subplots(lines, across, figsize=size, squeeze=False, layout="constrained")
     axes = axes.reshape(-1, folds * each)
@@ -210,7 +216,8 @@ def legend(fig: Figure, series: Sequence[str], settings: Sequence[str] = ()) -> 
         for i, s in enumerate(settings)
         if s != BASELINE
     ]
-    fig.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), 5), handletextpad=0.3)
+    most = min(5, int(fig.get_size_inches()[0] / 1.5))  # more would be cut off at the figure's sides
+    fig.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), most), handletextpad=0.3)
 
 
 Draw = Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]]

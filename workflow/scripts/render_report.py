@@ -21,6 +21,7 @@ import reproduction
 from findings import Row, count, percent, times
 from markupsafe import Markup
 
+TEXT_POINTS = 561.6  # width of a figure that fills the page: 7.8 inches, two panels
 FIGURES = ("throughput", "latency", "kv_memory", "agreement", "timeline", "decisions", "sm_ratio", "pools")
 
 
@@ -123,13 +124,19 @@ def quality_facts(quality: Sequence[Row], rows: Sequence[Row], figures: Path) ->
 
 
 def inline_svg(path: Path, name: str, title: str) -> Markup:
-    """The figure's markup, its ids made unique in the page, with a title for those who cannot see it."""
+    """The figure's markup, its ids made unique in the page, with a title for those who cannot see it. A narrow one says
+    which share of the page it takes, so that its text is no larger than that of others."""
     text = path.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.escape(title)}"', 1))
+    width = re.match(r'<svg[^>]*?\bwidth="([\d.]+)pt"', text)
+    share = min(1.0, float(width[1]) / TEXT_POINTS) if width else 1.0
+    look = f' style="--share: {share:.3g}"' if share < 1 else ""
+    return Markup(
+        text.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.escape(title)}"{look}', 1)
+    )
 
 
 def data_uri(path: Path) -> str:

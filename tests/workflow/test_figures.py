@@ -9,6 +9,7 @@ import plot_decisions
 import plot_kv_memory
 import plot_latency
 import plot_pools
+import plot_sm_ratio
 import plot_throughput
 import plotting
 import pytest
@@ -113,6 +114,18 @@ def test_a_narrow_figure_is_not_blown_up_to_the_width_of_the_page(tmp_path, poin
     svg = render_report.inline_svg(tmp_path / "a.svg", "a", "words")
     assert svg.startswith(f'<svg role="img" aria-label="words"{look} xmlns')
     assert "var(--share, 1)" in (ROOT / "report/style.css").read_text()
+
+
+def test_marks_at_the_top_of_a_scale_from_zero_are_not_cut_off():
+    """Values that hardly differ: the margin that is a share of their range would be less than a mark is high."""
+    rows = rows_of(SMALL_MATRIX)
+    alike = enrich(
+        [r | {"peak_kv_bytes": 2**20 * 500, "throughput_tok_s": 300.0 + i / 99} for i, r in enumerate(rows)]
+    )
+    memory, sms = (draw(plotting.frame(alike))[0] for draw in (plot_kv_memory.draw, plot_sm_ratio.draw))
+    for ax, most in ((memory.axes[1], 500), (sms.axes[0], 300)):
+        assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] >= 1.04 * most
+    plotting.plt.close("all")
 
 
 def test_pools_show_where_compression_pays():

@@ -45,7 +45,7 @@ def _panels(cells: pd.DataFrame) -> Figure:
         plotting.draw_points(axes[i][1], part, series, settings, "mib", None)
         axes[i][1].set_title(f"most KV memory in use\n{panel}", wrap=True)
         axes[i][1].set_ylabel("MiB")
-        axes[i][1].set_ylim(bottom=0)
+        plotting.from_zero(axes[i][1])
     plotting.legend(fig, series, settings)
     return fig
 

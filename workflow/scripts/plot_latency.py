@@ -38,7 +38,7 @@ def _panels(cells: pd.DataFrame) -> Figure:
             plotting.draw_points(axes[i][j], part, series, settings, "low", "high")
             axes[i][j].set_title(f"{title}\n{panel}", wrap=True)
             axes[i][j].set_ylabel(unit)
-            axes[i][j].set_ylim(0, axes[i][j].get_ylim()[1] * 1.05)
+            plotting.from_zero(axes[i][j])
     plotting.legend(fig, series, settings)
     return fig
 

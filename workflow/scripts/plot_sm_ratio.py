@@ -47,7 +47,7 @@ def _draw(ax: Axes, split: pd.DataFrame, shown: pd.DataFrame, by: str, column: s
         if pd.notna(value):
             ax.axhline(value, color=plotting.colour(variant), ls="--", lw=1, label=variant)
     ax.set_xlabel("SMs granted to compression" if by == "sms" else "share of SMs asked for (none granted)")
-    ax.set_ylim(bottom=0)
+    plotting.from_zero(ax)
 
 
 def _granted(row: dict) -> float | None:

@@ -183,6 +183,11 @@ def draw_points(
     label_batches(ax, groups)
 
 
+def from_zero(ax: Axes) -> None:
+    """A scale from zero, with room for the marks at its top: the margin is of the data's range, which may be small."""
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
+
+
 def mark_missing(ax: Axes, x: float, why: str) -> None:
     """A cell without a number is named where its mark would stand, never drawn as zero."""
     ax.text(

@@ -169,6 +169,9 @@ def test_a_line_per_comparison():
     assert lines[0]["throughput"][1] == first["throughput_tok_s"] and lines[0]["running"] == [4, 4]
     assert lines[0]["speedup"] == pytest.approx(lines[0]["throughput"][1] / lines[0]["throughput"][0])
     assert findings.by_requests(rows, pairs * findings.MOST_LINES) == []
+    assert first["peak_kv_bytes"] > 10 * 2**20 and lines[0]["kv_digits"] == 0
+    pairs[0].row["peak_kv_bytes"] = 400_000
+    assert {line["kv_digits"] for line in findings.by_requests(rows, pairs)} == {2}
 
 
 def test_the_numbers_behind_lines_are_those_behind_panels():

@@ -54,6 +54,22 @@ def test_a_pair_needs_numbers_on_both_sides():
     assert discussion.paragraphs(enrich(rows)) == []
 
 
+def test_the_discussion_does_not_give_as_a_reason_what_did_not_happen():
+    rows = at_speed(1.3)
+    for each in rows:
+        each["tpot_s"] = {"p50": 0.03 if each["method"] is None else 0.036, "p99": 0.04}
+    slower = dict(discussion.paragraphs(rows))["Where the time goes"]
+    assert f"a shorter cache, and yet a further token takes {discussion.times(1.2)} as long" in slower
+    faster = dict(discussion.paragraphs(at_speed(1.3)))["Where the time goes"]
+    assert "a shorter cache: a further token" in faster
+
+
+def test_one_comparison_is_no_range():
+    pair = at_speed(1.3)[:2]
+    said = dict(discussion.paragraphs(pair))["Speed"]
+    assert "range" not in said and said.count(discussion.describe(pair[1])) == 1
+
+
 def test_the_discussion_counts_what_it_says():
     said = dict(discussion.paragraphs(at_speed(1.3)))
     compared = len(CELLS) - sum(cell.variant == "baseline" for cell in CELLS)

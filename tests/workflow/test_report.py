@@ -324,6 +324,7 @@ def test_snakemakes_own_report_has_captions_categories_and_labels(workplace, suc
 def test_the_appendix_says_whether_the_rows_are_one_experiment(page, measured):
     folder, text = page
     assert "All rows come from one commit" in text and "No cell was measured more than once" in text
+    assert "<h3>Configuration</h3>" not in render_here(measured, folder / "figures")  # none is known there
     other = [dict(r) for r in measured]
     other[2] |= {"device": other[2]["device"] | {"host_memory_bytes": 1}}
     assert "All rows come from one commit" in render_here(other, folder / "figures")
@@ -335,7 +336,7 @@ def test_the_appendix_says_whether_the_rows_are_one_experiment(page, measured):
         and "one commit (" in text
         and "one device or host (" in text
     )
-    assert "uncommitted changes" in text and "sm mhz 1,200 to 1,980" in text
+    assert "uncommitted changes" in text and "SM clock 1,200 to 1,980 MHz" in text
 
 
 def test_a_cell_measured_again_shows_its_drift(tmp_path, measured):

@@ -62,7 +62,7 @@ def _speed(pairs: Sequence[Comparison]) -> str:
             f"it. That spread is {noise:.1%} of the median in the typical pair. "
         )
     low, high = (f"{times(pair.speedup)} ({describe(pair.row)})" for pair in (worst, best))
-    return f"{text}The range is {low} to {high}."
+    return f"{text}The range is {low} to {high}." if len(pairs) > 1 else f"{text}The speed-up is {low}."
 
 
 def _by(pairs: Sequence[Comparison], key: str, phrase: str) -> str:
@@ -85,7 +85,10 @@ def _latency(pairs: Sequence[Comparison]) -> str:
     )
     if all_of["tpot"] is None:
         return text
-    return text + f" Decoding reads a shorter cache: a further token takes {times(all_of['tpot'])} as long."
+    then = ":" if all_of["tpot"] < 1 else ", and yet"
+    return (
+        text + f" Decoding reads a shorter cache{then} a further token takes {times(all_of['tpot'])} as long."
+    )
 
 
 def _methods(pairs: Sequence[Comparison]) -> str:

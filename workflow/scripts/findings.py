@@ -172,6 +172,10 @@ def by_requests(rows: Sequence[Row], pairs: Sequence[Comparison]) -> list[dict[s
     if len(pairs) > MOST_LINES:
         return []
     one_model, said = len({row["model"] for row in rows}) == 1, differing(rows)
+    held = [
+        side["peak_kv_bytes"] for pair in pairs for side in (pair.baseline, pair.row) if side["peak_kv_bytes"]
+    ]
+    digits = 0 if min(held, default=2**30) >= 10 * 2**20 else 2  # no cache is shown as 0 MiB
     return [
         {
             "requests": requests(pair.row, one_model, said),
@@ -185,6 +189,7 @@ def by_requests(rows: Sequence[Row], pairs: Sequence[Comparison]) -> list[dict[s
             "kv_mib": [
                 side["peak_kv_bytes"] and side["peak_kv_bytes"] / 2**20 for side in (pair.baseline, pair.row)
             ],
+            "kv_digits": digits,
         }
         for pair in pairs
     ]

@@ -198,7 +198,7 @@ def context(
         "rows": rows,
         "status": status,
         "excluded": plan["excluded"],
-        "config": json.dumps(plan["config"], indent=2),
+        "config": plan["config"] and json.dumps(plan["config"], indent=2),
         "quality": quality_facts(quality, rows, figures) if quality else None,
         "figures": {
             name: {

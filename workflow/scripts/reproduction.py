@@ -11,6 +11,13 @@ from typing import Any
 from findings import Row
 
 HISTORY = ("cell_id", "started_at", "status", "git_commit", "source_digest", "throughput_tok_s")
+# A row's field -> what a reader calls it, and its unit.
+SENSORS = {
+    "sm_mhz": ("SM clock", "MHz"),
+    "memory_mhz": ("memory clock", "MHz"),
+    "temperature_c": ("temperature", "°C"),
+    "power_w": ("power", "W"),
+}
 
 
 def remember(row: Row, history: Path) -> None:
@@ -53,12 +60,17 @@ def drifts(rows: Sequence[Row], history: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def clocks(rows: Sequence[Row]) -> dict[str, str]:
-    """Per sensor, the lowest to the highest value over all cells; empty where none was read."""
+    """Per sensor, in words, the lowest to the highest value over all cells; empty where none was read."""
     seen: dict[str, list[float]] = {}
     for row in rows:
         for name, span in (row["clocks"] or {}).items():
             seen.setdefault(name, []).extend((span["min"], span["max"]))
-    return {name: f"{min(values):,.0f} to {max(values):,.0f}" for name, values in seen.items()}
+    found = {}
+    for name, values in seen.items():
+        ends = " to ".join(dict.fromkeys(f"{end:,.0f}" for end in (min(values), max(values))))
+        words, unit = SENSORS.get(name, (name, ""))
+        found[words] = f"{ends} {unit}".strip()
+    return found
 
 
 def doubts(facts: dict[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ def test_rows_table_figure_and_section_and_a_failure_is_a_row(workplace, tiny_mo
     page = (results / "report.html").read_text()
     assert "Quality beside speed" in page and "needles4 is not used" in page and "nothing.json" in page
     assert "The best method for each budget" in page
+    assert "compressed. The first rows are guards" in page
     figure = (results / "figures/quality.csv").read_text().splitlines()
     assert len(figure) == 6 and "same likeliest next token" in figure[1]
     knorm = next(line for line in figure if ",knorm," in line)

@@ -126,11 +126,12 @@ class LLM(Offline):
         self.new_tokens = {}
         finished = [self._output(seq, now) for seq in self._scheduler.expire(now)]
         finished += self._receive()
-        try:
-            step = self._next()
-        except Drain:
-            finished += self._deliver() + self._receive(MOST_UNDER_WAY)
-            step = self._next()
+        while True:
+            try:
+                step = self._next()
+                break
+            except Drain:  # more than once where a prefill that needs no page is launched on the way
+                finished += self._deliver() + self._receive(MOST_UNDER_WAY)
         if step is None:
             if self._pending is None:
                 finished += self._receive(1)

@@ -9,7 +9,7 @@ import torch
 from arriving import arriving as all_arriving
 from arriving import greedy
 
-from fastcache import LLM
+from fastcache import LLM, SamplingParams
 from fastcache.attention.torch_sdpa import TorchSDPA
 from fastcache.core import HostBatch, Step
 from fastcache.engine import build, observed, side_by_side
@@ -144,6 +144,24 @@ def test_pages_that_change_hands_race_with_nothing(folder, wanted, method, prefi
         assert all(tokens == alone[method][i][: len(tokens)] for i, tokens in done.items())
         assert sum(len(tokens) == work[i][1] for i, tokens in done.items()) > len(work) // 2
     assert steps > 600
+
+
+@pytest.mark.parametrize("pages", [24, 25])
+def test_pages_that_run_out_again_are_waited_for_again(folder, pages):
+    """Decoding sequences want the last pages while a prompt is cut so small that most of its chunks need none: when what
+    was under way has been received, the next chunk is launched before pages are found wanting again."""
+    prompts = [list(range(8)), list(range(10, 18)), list(range(100, 140))]
+    counts = [SamplingParams(max_tokens=count) for count in (40, 40, 4)]
+    alone = [o.token_ids for o in engine(folder, None).generate(prompts, counts)]
+    llm, done = with_a_side(folder, None, tokens=1, num_pages=pages), {}
+    for number, (prompt, params) in enumerate(zip(prompts, counts, strict=True)):
+        llm.add_request(prompt, params, str(number))
+        for _ in range(20 * (number == 1)):
+            llm.step()
+    while llm.has_unfinished():
+        done.update((o.request_id, o.token_ids) for o in llm.step())
+    assert [done[str(number)] for number in range(3)] == alone
+    llm.check_books()
 
 
 def test_sequences_whose_prefill_is_under_way_wait_for_it(folder, wanted):

@@ -48,20 +48,23 @@ class TorchSDPA(AttentionBackend):
     def _part(self, batch: ForwardBatch, seqs: slice, own: bool) -> _Part:
         starts, kv_lens = batch.cu_seqlens_q[:-1][seqs], batch.kv_lens[seqs]
         q_lens = batch.cu_seqlens_q[1:][seqs] - starts
-        max_q = int(np.diff(batch.host.cu_seqlens_q)[seqs].max())
+        on_host = np.diff(batch.host.cu_seqlens_q)[seqs]
+        max_q = int(on_host.max())
         max_kv = int(batch.host.kv_lens[seqs].max())
         query = torch.arange(max_q, device=starts.device)
         entry = torch.arange(max_kv, device=starts.device)
         # Rows past a sequence's last query repeat row 0; they are computed and dropped.
         real = query < q_lens[:, None]  # (B, max_q)
         rows = torch.where(real, starts[:, None] + query, 0)
+        # Told from the host: if the device were asked, the launch would wait for all that its stream has to do.
+        flat = torch.from_numpy(np.flatnonzero(np.arange(max_q) < on_host[:, None]))
         last = (kv_lens - q_lens)[:, None] + query  # last entry each query may see
         last = torch.minimum(last, kv_lens[:, None] - 1)
         mask = (entry <= last[:, :, None])[:, None]  # (B, 1, max_q, max_kv)
         return _Part(
             batch.page_table[seqs],
             rows,
-            real.flatten().nonzero().squeeze(1),
+            flat.to(starts.device, non_blocking=True),
             mask.repeat(1, 1, self.heads.group, 1),
             max_kv,
             own,

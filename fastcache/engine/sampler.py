@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcache.config import SamplingParams
+from fastcache.engine.batch import upload
 
 _MASK = 0xFFFFFFFF
 
@@ -36,7 +37,7 @@ def sampling_batch(
         return None
 
     def tensor(values: list, dtype: type) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype)).to(device)
+        return upload([np.asarray(values, dtype)], device)[0]
 
     return SamplingBatch(
         temperature=tensor([p.temperature for p in params], np.float32),

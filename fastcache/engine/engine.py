@@ -197,7 +197,9 @@ class LLM(Offline):
 
     def _output(self, seq: Sequence, now: float) -> RequestOutput:
         del self._live[seq.request.request_id], self._seeds[seq.request.request_id]
-        self._runner.forget(seq)
+        for each in (self._runner, self._parts.side):
+            if each is not None:
+                each.forget(seq)
         text = self.tokenizer.decode(seq.output_ids) if self.tokenizer is not None else ""
         return request_output(seq, text, now)
 

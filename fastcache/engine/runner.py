@@ -124,7 +124,9 @@ class Runner:
             self.last_tokens[where] = values
 
     def forget(self, seq: Sequence) -> None:
-        """`seq` has ended: drop what was kept for it."""
+        """`seq` has ended: drop what was kept for it; its output is put together on the caller's stream."""
+        if seq.logprobs and self.stream is not None:
+            hand_over(self.stream, torch.cuda.current_stream(self.device), *seq.logprobs)
         if self.deferred is not None:
             self.deferred.forget(seq)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastcache import LLM, SamplingParams
+from fastcache.engine.sampler import sample, sampling_batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -281,6 +282,33 @@ def test_random_schedules_balance_the_books(folder, compression):
                 assert len(output.token_ids) <= wanted.pop(output.request_id)
         assert not wanted
         llm.check_books()
+
+
+def test_drawing_tokens_waits_for_nothing():
+    """A step beside another one must be launched at once, whatever its stream still has to do."""
+    params = [SamplingParams(temperature=0.7, top_k=5, top_p=0.9), SamplingParams()]
+    logits = torch.randn(2, 261, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = sample(logits, sampling_batch(params, [1, 2], [0, 0], logits.device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = sample(logits.cpu(), sampling_batch(params, [1, 2], [0, 0], torch.device("cpu")))
+    assert tokens.tolist() == want.tolist()
+
+
+def test_logprobs_are_read_before_their_memory_is_used_again(folder):
+    """The stream where outputs are put together is held up, while steps go on on the engine's own."""
+    rng = random.Random(2)
+    texts = [[rng.choices(range(256), k=count) for _ in range(24)] for count in (100, 150)]
+    options = {"device": "cuda", "dtype": "float32", "attention_backend": "torch-sdpa"}
+    options |= {"max_model_len": 512, "max_num_seqs": 2, "num_pages": 100}
+    want = LLM(folder, **options).score(*texts)
+    llm = LLM(folder, partition={"enabled": True}, **options)
+    assert llm._runner.stream != torch.cuda.default_stream()
+    torch.cuda._sleep(500_000_000)  # cycles: some 300 ms
+    for got, expected in zip(llm.score(*texts), want, strict=True):
+        torch.testing.assert_close(got.logprobs, expected.logprobs, atol=1e-3, rtol=0)
 
 
 def test_two_thousand_requests_do_not_grow_memory(folder):

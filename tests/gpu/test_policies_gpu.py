@@ -183,17 +183,21 @@ def side_by_side(folder, method, **options) -> LLM:
 @pytest.mark.parametrize("method", METHODS, ids=["full", "snapkv"])
 def test_prefills_beside_decode_steps_race_with_nothing(folder, method):
     """They are held up, so that many decode steps run beside each; pages are few, so that they change hands at once."""
-    rng, alone, steps, held = random.Random(6), engine(folder, method), 0, 0
+    rng, alone, steps, held, beside = random.Random(6), engine(folder, method), 0, 0, []
     for _ in range(8):
         llm = side_by_side(folder, method, num_pages=150)
-        side = llm._jobs._side
-        forward = side._forward
+        side, launch = llm._jobs._side, llm._runner.launch
+        plan = side.backend.plan
 
-        def late(step, batch, forward=forward):
-            torch.cuda._sleep(rng.randint(0, 15_000_000))  # cycles: up to some 10 ms
-            return forward(step, batch)
+        def late(batch, plan=plan):
+            plan(batch)
+            torch.cuda._sleep(rng.randint(0, 30_000_000))  # cycles: up to some 20 ms
 
-        side._forward = late
+        def noted(step, seeds, launch=launch):
+            beside.append(step.split is not None)
+            return launch(step, seeds)
+
+        side.backend.plan, llm._runner.launch = late, noted
         work = work_of(rng, 40)
         done = arriving(llm, work, rng, cancel=0.01)
         stats = llm.stats()
@@ -203,7 +207,7 @@ def test_prefills_beside_decode_steps_race_with_nothing(folder, method):
         outputs = alone.generate([work[i][0] for i in numbers], [greedy(work[i][1]) for i in numbers])
         assert [done[i] for i in numbers] == [o.token_ids for o in outputs]
         llm.close()
-    assert steps > 1000 and held > 50
+    assert steps > 1000 and held > 50 and sum(beside) > held
 
 
 @pytest.mark.parametrize("compression", [None, METHODS[1]], ids=["full", "compressed"])
@@ -227,19 +231,21 @@ def test_prefills_beside_decode_graphs_give_the_tokens_of_steps_alone(tiny_model
     llm.close()
 
 
-def test_a_warm_up_measures_both_sides_of_each_split(folder, wanted):
+def test_a_warm_up_measures_both_sides_of_each_split(folder):
+    """Eight requests decode all the while; eight at a time end beside them, and as many are prefilled together: fewer
+    tokens say nothing about a side."""
     partition = {**PARTITION, "bound": True}
     options = {"partition": partition, "max_num_batched_tokens": 4096, "tpot_bound_s": 0.05}
     llm = engine(folder, None, tuning="all", **options)
     if not llm.decisions()["splits"]:
         pytest.skip("this device grants no disjoint split")
-    work, alone = wanted
+    prompts = [prompt for prompt, _ in work_of(random.Random(7), 56)]
+    params = [greedy(60)] * 8 + [greedy(6)] * 48
+    alone = [output.token_ids for output in engine(folder, None).generate(prompts, params)]
     llm.explore(freely=True)
     for _ in range(8):
-        outputs = llm.generate([prompt for prompt, _ in work], [greedy(count) for _, count in work])
-        assert [output.token_ids for output in outputs] == alone["None"]
+        assert [output.token_ids for output in llm.generate(prompts, params)] == alone
     report = llm.decisions()
-    assert (
-        set(report["costs"]["beside"]) == set(report["costs"]["aside_s_per_token"]) == set(report["splits"])
-    )
+    costs = report["costs"]
+    assert set(costs["beside"]) == set(costs["aside_s_per_token"]) == set(report["splits"])
     llm.close()

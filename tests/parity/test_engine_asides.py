@@ -148,8 +148,8 @@ def test_pages_that_change_hands_race_with_nothing(folder, wanted, method, prefi
 
 @pytest.mark.parametrize("pages", [24, 25])
 def test_pages_that_run_out_again_are_waited_for_again(folder, pages):
-    """Decoding sequences want the last pages while a prompt is cut so small that most of its chunks need none: when what
-    was under way has been received, the next chunk is launched before pages are found wanting again."""
+    """Decoding sequences want the last pages while a prompt is cut so small that most of its chunks need none: when
+    what was under way has been received, the next chunk is launched before pages are found wanting again."""
     prompts = [list(range(8)), list(range(10, 18)), list(range(100, 140))]
     counts = [SamplingParams(max_tokens=count) for count in (40, 40, 4)]
     alone = [o.token_ids for o in engine(folder, None).generate(prompts, counts)]

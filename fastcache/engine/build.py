@@ -184,7 +184,7 @@ def build(config: EngineConfig) -> Parts:
     side = None
     if splits:
         own = select_backend(config.attention_backend, pool, heads, device)
-        side = side_runner(runner, own, small, {name: each.prefill for name, each in splits.items()})
+        side = side_runner(runner, own, {name: each.prefill for name, each in splits.items()})
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a partition's streams are not ordered behind the default one
     eos = model_config.eos_token_ids
@@ -207,13 +207,11 @@ def build(config: EngineConfig) -> Parts:
 
 
 def side_runner(
-    runner: Runner,
-    backend: AttentionBackend,
-    small_steps: bool,
-    sides: Mapping[str, torch.cuda.Stream | None],
+    runner: Runner, backend: AttentionBackend, sides: Mapping[str, torch.cuda.Stream | None]
 ) -> Runner:
     """Of prefills beside the decode steps of `runner`: the same model, pages and compressor, an attention backend and
-    newest tokens of its own. It runs no decode step, and no step while `runner` runs a prefill."""
+    newest tokens of its own. It runs no decode step, and no step while `runner` runs a prefill; and it has no graphs:
+    what short steps would save is little where decode steps go on meanwhile, and capturing would hold those up."""
     return Runner(
         runner.model,
         runner.pool,
@@ -221,10 +219,9 @@ def side_runner(
         runner.builder,
         len(runner.last_tokens) - 1,
         runner.compressor,
-        use_graphs=runner.graphs is not None,
+        use_graphs=False,
         pictures=runner.pictures,
         places={INLINE: None},
         states=runner.states,
-        small_steps=small_steps,
         sides=sides,
     )

@@ -87,8 +87,7 @@ def pool_room(
         buffers = buffer_bytes(model.config, shape.dtype) if small_steps else 0
         available = _free_bytes(config, device) - _step_bytes(config, peak, tokens_per_step, shape) - buffers
         tokens = min(ASIDE_TOKENS, tokens_per_step)
-        aside_bytes = _step_bytes(config, peak * tokens // tokens_per_step, tokens, shape) + buffers
-        aside_bytes += WORKSPACE_BYTES
+        aside_bytes = _step_bytes(config, peak * tokens // tokens_per_step, tokens, shape) + WORKSPACE_BYTES
     pages = available // page_bytes
     if pages < 2:
         raise OutOfPages(

@@ -212,7 +212,7 @@ def test_prefills_beside_decode_steps_race_with_nothing(folder, method):
 
 @pytest.mark.parametrize("compression", [None, METHODS[1]], ids=["full", "compressed"])
 def test_prefills_beside_decode_graphs_give_the_tokens_of_steps_alone(tiny_model, compression):
-    """Through flashinfer, with graphs on both sides: of decode steps, and between the attentions of a prefill."""
+    """Through flashinfer, with graphs of decode steps on their side."""
     pytest.importorskip("flashinfer")
     folder = tiny_model("qwen3", 8, 2, 128, 256, 3, False)
     options = {"dtype": "bfloat16", "attention_backend": "flashinfer"}
@@ -223,7 +223,6 @@ def test_prefills_beside_decode_graphs_give_the_tokens_of_steps_alone(tiny_model
     assert llm._runner.sides[llm._scheduler.policy.split] in {
         stream for stream, _ in llm._runner.graphs._graphs
     }
-    assert llm._jobs._side.small._graphs
     pairs = [(a, b) for i in got for a, b in zip(got[i], want[i], strict=True)]
     if compression is not None:
         pairs = [(got[i][0], want[i][0]) for i in got]

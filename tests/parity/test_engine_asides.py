@@ -75,7 +75,7 @@ def with_a_side(folder, method, rng=None, tokens=4096, **options) -> LLM:
     llm = engine(folder, method, policy="dynamic", **options)
     runner = llm._runner
     runner.sides = {SPLIT: None}
-    side = side_runner(runner, TorchSDPA(runner.pool, runner.backend.heads), False, {SPLIT: None})
+    side = side_runner(runner, TorchSDPA(runner.pool, runner.backend.heads), {SPLIT: None})
     llm._scheduler.policy = SideBySide(mixed_tokens=tokens)
     llm._jobs._side = side
     if rng is not None:

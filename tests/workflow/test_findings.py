@@ -42,6 +42,27 @@ def test_the_headline_follows_the_numbers(rows, says):
     assert says in findings.headline(rows)
 
 
+def test_the_headline_names_the_model_where_there_are_several():
+    rows, model = at_speed(1.3), CELLS[0].model
+    assert model not in findings.headline(rows)
+    other = [each | {"model": "another", "cell_id": "another", "baseline_id": "another"} for each in rows[:1]]
+    assert f", {model}, " in findings.headline(rows + other)
+
+
+def test_variants_stand_in_the_order_that_users_know_and_the_baseline_first():
+    rows = at_speed(1.3)
+    names = [line["variant"] for line in findings.by_variant(rows)]
+    assert names[0] == "baseline" and len(names) > 2
+    assert [line["variant"] for line in findings.by_variant(rows[::-1])] == names
+
+
+def test_notes_that_differ_in_numbers_alone_are_one():
+    said = (["noisy: 12.5% of 3"], ["noisy: 14% of 1,000", "alone"], ["noisy: 14% of 1,000"])
+    rows = [{"notes": notes} for notes in said]
+    assert findings.notes(rows) == [("noisy: 12.5% of 3", 3, 2), ("alone", 1, 1)]
+    assert findings.notes([]) == []
+
+
 def test_a_difference_counts_only_beyond_the_larger_spread():
     assert {pair.verdict for pair in findings.comparisons(at_speed(1.1, spread=0.05))} == {"faster"}
     assert {pair.verdict for pair in findings.comparisons(at_speed(1.1, spread=0.15))} == {"same"}
@@ -67,7 +88,7 @@ def test_the_discussion_does_not_give_as_a_reason_what_did_not_happen():
 def test_one_comparison_is_no_range():
     pair = at_speed(1.3)[:2]
     said = dict(discussion.paragraphs(pair))["Speed"]
-    assert "range" not in said and said.count(discussion.describe(pair[1])) == 1
+    assert "range" not in said and said.count(discussion.describe(pair[1], pair)) == 1
 
 
 def test_the_discussion_counts_what_it_says():

@@ -32,7 +32,7 @@ def published(request, tmp_path_factory) -> tuple[Path, list[dict], str]:
 
 def test_a_report_is_made_from_published_rows(published):
     _, rows, page = published
-    assert ("claims and our targets</h2>" if "row_id" in rows[0] else "<h2>4. Discussion</h2>") in page
+    assert ("claims and our targets</h2>" if "row_id" in rows[0] else "<h2>Discussion</h2>") in page
 
 
 def test_the_page_beside_published_rows_is_of_these_rows(published):

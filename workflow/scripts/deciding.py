@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from findings import Row, count, describe, middle, times
-from naming import differing, requests, setting
+from naming import differing, one_model, requests, setting
 
 # How rows begin the name of a decision to run prefill on one side of an SM split, beside decode steps.
 SIDE_BY_SIDE = "side by side, "
@@ -71,7 +71,7 @@ def sentence(found: Sequence[Against]) -> str:
         least = min(free, key=lambda each: each.ratio)
         said.append(
             f"Beside the fastest variant that decides nothing, triad has {_range(free)}; least on "
-            f"{describe(least.row)}, where {least.best['variant']} is fastest."
+            f"{describe(least.row, [each.row for each in found])}, where {least.best['variant']} is fastest."
         )
     if bound:
         who, beside = ("it", "") if free else ("triad", ", beside the fastest variant that decides nothing")
@@ -102,10 +102,10 @@ def tiles(found: Sequence[Against]) -> list[tuple[str, str]]:
 
 def table(rows: Sequence[Row], found: Sequence[Against]) -> list[dict[str, Any]]:
     """A line for each: the requests, both throughputs, and what was decided."""
-    one_model, said = len({row["model"] for row in rows}) == 1, differing(rows)
+    alone, said = one_model(rows), differing(rows)
     return [
         {
-            "requests": requests(each.row, one_model, said),
+            "requests": requests(each.row, alone, said),
             "batch": each.row["batch_size"],
             "setting": setting(each.row),
             "best": each.best["variant"],

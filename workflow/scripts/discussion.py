@@ -61,7 +61,8 @@ def _speed(pairs: Sequence[Comparison]) -> str:
             f"more than the spread of the repeats, {verdicts['slower']} are slower, and {verdicts['same']} lie within "
             f"it. That spread is {noise:.1%} of the median in the typical pair. "
         )
-    low, high = (f"{times(pair.speedup)} ({describe(pair.row)})" for pair in (worst, best))
+    rows = [pair.row for pair in pairs]
+    low, high = (f"{times(pair.speedup)} ({describe(pair.row, rows)})" for pair in (worst, best))
     return f"{text}The range is {low} to {high}." if len(pairs) > 1 else f"{text}The speed-up is {low}."
 
 

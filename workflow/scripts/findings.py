@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from naming import differing, requests, series, setting
+from naming import differing, one_model, requests, series, setting
+
+from fastcache.config import VARIANTS
 
 MOST_LINES = 24  # of the table of comparisons
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -153,7 +156,7 @@ def by_variant(rows: Sequence[Row], planned: Mapping[str, Row] | None = None) ->
     pairs = comparisons(rows)
     wanted = {row["cell_id"]: row for row in rows} | dict(planned or {})
     lines = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
+    for name in sorted({row["variant"] for row in rows}, key=VARIANTS.index):
         members = [row for row in rows if row["variant"] == name]
         lines.append(
             group_summary([pair for pair in pairs if pair.row["variant"] == name])
@@ -171,14 +174,14 @@ def by_requests(rows: Sequence[Row], pairs: Sequence[Comparison]) -> list[dict[s
     """A line per comparison, what it costs in memory and wins in speed; none where they would be too many to read."""
     if len(pairs) > MOST_LINES:
         return []
-    one_model, said = len({row["model"] for row in rows}) == 1, differing(rows)
+    alone, said = one_model(rows), differing(rows)
     held = [
         side["peak_kv_bytes"] for pair in pairs for side in (pair.baseline, pair.row) if side["peak_kv_bytes"]
     ]
     digits = 0 if min(held, default=2**30) >= 10 * 2**20 else 2  # no cache is shown as 0 MiB
     return [
         {
-            "requests": requests(pair.row, one_model, said),
+            "requests": requests(pair.row, alone, said),
             "batch": pair.row["batch_size"],
             "variant": series(pair.row),
             "setting": setting(pair.row),
@@ -206,7 +209,7 @@ def headline(rows: Sequence[Row]) -> str:
     all_of = group_summary(pairs)
     best = max(pairs, key=lambda pair: pair.speedup)
     span = f"the median throughput is {times(all_of['speedup'])} the baseline's over {count(len(pairs), 'comparison')}"
-    top = f"at best {times(best.speedup)} ({describe(best.row)})"
+    top = f"at best {times(best.speedup)} ({describe(best.row, rows)})"
     return f"{_answer(all_of['verdicts'], all_of['speedup'])}: {span}, {top}. {_price(rows, all_of)}{left_out(rows)}"
 
 
@@ -237,9 +240,21 @@ def dummy(rows: Sequence[Row]) -> bool:
     )
 
 
-def describe(row: Row) -> str:
+def notes(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
+    """What rows note, the most frequent first: (text, rows, how many texts), where those that differ in numbers alone
+    are one, in the words of the first."""
+    alike: dict[str, Counter[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            alike.setdefault(re.sub(r"\d[\d.,]*", "#", note), Counter())[note] += 1
+    found = [(next(iter(texts)), texts.total(), len(texts)) for texts in alike.values()]
+    return sorted(found, key=lambda each: -each[1])
+
+
+def describe(row: Row, among: Iterable[Row]) -> str:
+    """What was asked of which engine, and of which model if there are several in the rows that it is one of."""
     how = f" with {row['method']} {TIMES}{row['compression_factor']:g}" if row["method"] else ""
-    return f"{row['variant']}{how}, {requests(row, True, ())}, batch {row['batch_size']}"
+    return f"{row['variant']}{how}, {requests(row, one_model(among), ())}, batch {row['batch_size']}"
 
 
 def times(value: float | None) -> str:

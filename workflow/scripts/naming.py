@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastcache.bench.table import requests_of
@@ -43,14 +43,19 @@ def differing(rows: Sequence[Row]) -> list[str]:
     return [name for name in SHOWN_SETTINGS if any(len(v) > 1 for (n, _), v in values.items() if n == name)]
 
 
-def requests(row: Row, one_model: bool, said: Sequence[str]) -> str:
-    """Model (unless there is one only), requests and the settings `said`: what cells of a panel have in common."""
+def one_model(rows: Iterable[Row]) -> bool:
+    """Whether there is one only, whose name then says nothing."""
+    return len({row["model"] for row in rows}) == 1
+
+
+def requests(row: Row, alone: bool, said: Sequence[str]) -> str:
+    """Model (unless it is `alone`), requests and the settings `said`: what cells of a panel have in common."""
     least = [row["cell"]["workload"].get(f"min_{name}") for name in ("context", "output")]
     most = [row["context_requested"], row["output_requested"]]
     lengths = [f"{a} to {b}" if a else str(b) for a, b in zip(least, most, strict=True)]
     words = f"{requests_of(row)}, {' + '.join(lengths)} tokens"
     settings = [SHOWN_SETTINGS[name](row["cell"].get(name)) for name in said]
-    return ", ".join(filter(None, ["" if one_model else row["model"], words, *settings]))
+    return ", ".join(filter(None, ["" if alone else row["model"], words, *settings]))
 
 
 def series(row: Row) -> str:

@@ -19,7 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from naming import BASELINE, differing, name_of, requests, series, setting
+from naming import BASELINE, differing, name_of, one_model, requests, series, setting
 
 # Okabe and Ito's palette: its members stay apart under every common colour blindness and in grey print.
 VARIANT_COLOURS = {
@@ -42,13 +42,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One line per cell, with the names that figures show: panel (model and requests), setting, series."""
-    one_model = len({row["model"] for row in rows}) == 1
+    alone = one_model(rows)
     said = differing(rows)
     one_split = len({row["greenctx_compress_ratio"] for row in rows if row["greenctx"]}) <= 1
     return pd.DataFrame(
         {
             "cell_id": row["cell_id"],
-            "panel": requests(row, one_model, said),
+            "panel": requests(row, alone, said),
             "batch_size": row["batch_size"],
             "variant": row["variant"],
             "series": row["variant"] if one_split else series(row),

@@ -53,7 +53,7 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
         "longest_prompt": max((row["context_used"] for row in rows if row["context_used"]), default=None),
         "first": started[0] if started else None,
         "last": started[-1] if started else None,
-        "notes": Counter(note for row in rows for note in row["notes"]).most_common(),
+        "notes": findings.notes(rows),
     }
 
 

@@ -56,13 +56,6 @@ def test_variants_stand_in_the_order_that_users_know_and_the_baseline_first():
     assert [line["variant"] for line in findings.by_variant(rows[::-1])] == names
 
 
-def test_notes_that_differ_in_numbers_alone_are_one():
-    said = (["noisy: 12.5% of 3"], ["noisy: 14% of 1,000", "alone"], ["noisy: 14% of 1,000"])
-    rows = [{"notes": notes} for notes in said]
-    assert findings.notes(rows) == [("noisy: 12.5% of 3", 3, 2), ("alone", 1, 1)]
-    assert findings.notes([]) == []
-
-
 def test_a_difference_counts_only_beyond_the_larger_spread():
     assert {pair.verdict for pair in findings.comparisons(at_speed(1.1, spread=0.05))} == {"faster"}
     assert {pair.verdict for pair in findings.comparisons(at_speed(1.1, spread=0.15))} == {"same"}

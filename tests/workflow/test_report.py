@@ -387,3 +387,14 @@ def test_the_ceilings_are_numbers_with_units(page):
     rows = [json.loads(line) for line in (page[0] / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     least = min(row["ceiling_copy_bytes_s"] for row in rows if row["ceiling_copy_bytes_s"])
     assert said and abs(float(said[1].replace(",", "")) - least / 1e9) <= 0.01 * least / 1e9
+
+
+def test_notes_that_differ_in_numbers_alone_are_one_with_their_range():
+    said = (
+        ["noisy: 9.5% of 3", "on qwen3-8b"],
+        ["noisy: 14% of 1,000", "on qwen3-32b"],
+        ["noisy: 14% of 40"],
+    )
+    found = render_report.notes([{"notes": notes} for notes in said])
+    assert found == [("noisy: 9.5 to 14% of 3 to 1,000", 3), ("on qwen3-8b", 1), ("on qwen3-32b", 1)]
+    assert render_report.notes([]) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,17 +237,6 @@ def dummy(rows: Sequence[Row]) -> bool:
         (row["weights"] or {}).get("kind") == "dummy" or row["cell"].get("load_format") == "dummy"
         for row in rows
     )
-
-
-def notes(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
-    """What rows note, the most frequent first: (text, rows, how many texts), where those that differ in numbers alone
-    are one, in the words of the first."""
-    alike: dict[str, Counter[str]] = {}
-    for row in rows:
-        for note in row["notes"]:
-            alike.setdefault(re.sub(r"\d[\d.,]*", "#", note), Counter())[note] += 1
-    found = [(next(iter(texts)), texts.total(), len(texts)) for texts in alike.values()]
-    return sorted(found, key=lambda each: -each[1])
 
 
 def describe(row: Row, among: Iterable[Row]) -> str:

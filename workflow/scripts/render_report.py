@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import reproduction
 from findings import Row, count, percent, times
 from markupsafe import Markup
 
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")  # in a note; none that is part of a name
 TEXT_POINTS = 561.6  # width of a figure that fills the page: 7.8 inches, two panels
 FIGURES = ("throughput", "latency", "kv_memory", "agreement", "timeline", "decisions", "sm_ratio", "pools")
 
@@ -53,8 +54,27 @@ def environment_facts(rows: Sequence[Row]) -> dict[str, Any]:
         "longest_prompt": max((row["context_used"] for row in rows if row["context_used"]), default=None),
         "first": started[0] if started else None,
         "last": started[-1] if started else None,
-        "notes": findings.notes(rows),
+        "notes": notes(rows),
     }
+
+
+def notes(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """What rows note, and how many of them, the most frequent first. Notes that differ in numbers alone are one, with
+    the range of each number."""
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            alike.setdefault(tuple(NUMBER.split(note)), []).append(NUMBER.findall(note))
+    found = []
+    for words, numbers in alike.items():
+        spans = ["", *(_span(values) for values in zip(*numbers, strict=True))]
+        found.append(("".join(span + word for span, word in zip(spans, words, strict=True)), len(numbers)))
+    return sorted(found, key=lambda each: -each[1])
+
+
+def _span(numbers: Iterable[str]) -> str:
+    ends = sorted(set(numbers), key=lambda text: float(text.replace(",", "")))
+    return ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
 
 
 def ceilings(rows: Sequence[Row]) -> dict[str, str] | None:

@@ -20,6 +20,7 @@ class Asides:
     def __init__(self, stage: CompressStage) -> None:
         self._stage = stage
         self.steps: list[Step] = []  # in order of launch
+        self._decode_next = False  # one was launched, and no step since
 
     @property
     def split(self) -> str | None:
@@ -27,13 +28,20 @@ class Asides:
         return self.steps[0].split if self.steps else None
 
     def admit(self, turn: Turn) -> bool:
-        """Whether a prefill may be planned: while some are under way, only another one like them."""
-        return not self.steps or (turn.split == self.split and len(self.steps) < MOST_UNDER_WAY)
+        """Whether a prefill may be planned: while some are under way, only another one like them, and not before the
+        next step is launched, whose side would have nothing to do while the host launches two prefills."""
+        if not self.steps:
+            return True
+        return turn.split == self.split and len(self.steps) < MOST_UNDER_WAY and not self._decode_next
 
     def launched(self, step: Step) -> None:
         self.steps.append(step)
+        self._decode_next = True
         for chunk in step.chunks:
             chunk.seq.under_way = True
+
+    def step_launched(self) -> None:
+        self._decode_next = False
 
     def received(self, step: Step) -> tuple[Chunk, ...]:
         """`step` is complete. Returns the chunks of sequences that have not ended meanwhile; of the others, all pages

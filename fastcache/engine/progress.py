@@ -85,6 +85,7 @@ class Progress:
             self.asides.launched(step)
             return
         self.in_flight += 1
+        self.asides.step_launched()
         self._advance(step.chunks, len(step.chunks) - step.decode_tokens, now_s)
 
     def receive(self, step: Step, tokens: list[int], eos: frozenset[int], now_s: float) -> list[Sequence]:

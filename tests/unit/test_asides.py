@@ -25,7 +25,7 @@ def launched(asides: Asides) -> Step:
 
 
 def test_each_prefill_is_followed_by_a_step_of_the_other_side():
-    """The host takes as long to launch two as the step before them lasts."""
+    """So that it has work while the host launches the next prefill."""
     asides = Asides(NothingLeft())
     assert asides.admit(prefill())
     launched(asides)
